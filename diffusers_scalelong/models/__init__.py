@@ -1,0 +1,4 @@
+from .unet_2d import ScaleLongUNet2DModel
+from .unet_2d_condition import ScaleLongUNet2DConditionModel
+
+__all__ = ["ScaleLongUNet2DConditionModel", "ScaleLongUNet2DModel"]
