@@ -4,7 +4,8 @@ import diffusers
 from diffusers import ModelMixin  # Diffusers' pipeline loader looks it up on this package.
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
-from .models import ScaleLongUNet2DConditionModel, ScaleLongUNet2DModel
+from .models import ScaleLongUNet2DConditionModel, ScaleLongUNet2DModel, ScaleLongUViT2DModel
+from .pipeline_uvit import ScaleLongUViTPipeline
 from .skip_scaling import skip_coefficients
 
 __version__ = "0.1.0"
@@ -13,12 +14,14 @@ __all__ = [
     "ModelMixin",
     "ScaleLongUNet2DConditionModel",
     "ScaleLongUNet2DModel",
+    "ScaleLongUViT2DModel",
+    "ScaleLongUViTPipeline",
     "skip_coefficients",
 ]
 
 # Pipelines save and load the models by this package's name …
 LOADABLE_CLASSES["diffusers_scalelong"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["diffusers_scalelong"])
-# … and `AutoModel` looks them up as attributes of `diffusers`.
-for _model in (ScaleLongUNet2DModel, ScaleLongUNet2DConditionModel):
-    setattr(diffusers, _model.__name__, _model)
+# … and `AutoModel` and `DiffusionPipeline` look models and pipelines up as attributes of `diffusers`.
+for _class in (ScaleLongUNet2DModel, ScaleLongUNet2DConditionModel, ScaleLongUViT2DModel, ScaleLongUViTPipeline):
+    setattr(diffusers, _class.__name__, _class)

@@ -65,7 +65,7 @@ def skip_coefficients(method: str, num_skips: int, kappa: float | Sequence[float
     if kappa is None:
         kappa = DEFAULT_KAPPA[method]
     is_schedule = isinstance(kappa, Sequence) and not isinstance(kappa, str)
-    values = tuple(_check_kappa(value) for value in (kappa if is_schedule else [kappa]))
+    values = tuple(map(_check_kappa, kappa if isinstance(kappa, Sequence) else [kappa]))
     if is_schedule:
         if method != "uniform":
             raise ValueError(f"A list of constants needs skip_scaling='uniform', but skip_scaling is {method!r}.")

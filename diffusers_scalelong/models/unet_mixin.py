@@ -12,7 +12,7 @@ from .skip_scaling_mixin import _GATES, SkipScalingMixin
 
 Self = TypeVar("Self", bound="SkipScalingUNetMixin")
 
-# These concatenate only the deepest of the skips that they are handed.
+# These concatenate the deepest of the skips that they are handed, once.
 _BLOCKS_WITH_ONE_SKIP = ("KUpBlock2D", "KCrossAttnUpBlock2D")
 
 
@@ -41,6 +41,8 @@ class SkipScalingUNetMixin(SkipScalingMixin):
             return
         first = len(widths)
         for block, block_widths in zip(self.up_blocks, widths_by_block, strict=True):
+            if not block_widths:
+                continue
             first -= len(block_widths)
             # A partial of a bound method: unlike a closure, it is rebound by deepcopy and pickle.
             hook = functools.partial(self._scale_skips, first, len(block_widths))
@@ -56,7 +58,8 @@ class SkipScalingUNetMixin(SkipScalingMixin):
                 widths.append(resnet.in_channels - hidden)
                 hidden = resnet.conv2.out_channels
             if type(block).__name__ in _BLOCKS_WITH_ONE_SKIP:
-                widths = widths[:1]
+                # None at all for a first KCrossAttnUpBlock2D: its encoder hands over `None`.
+                widths = widths[:1] if widths[0] else []
             widths_by_block.append(widths[::-1])
         return widths_by_block
 

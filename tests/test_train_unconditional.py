@@ -1,0 +1,116 @@
+"""The training script, run for real on real images."""
+
+import json
+from statistics import mean
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline
+from images import truncate, write_images
+from PIL import Image
+from safetensors.torch import load_file
+from scripts import TINY_UNET, launch, losses
+
+SCRIPT = "train_unconditional.py"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Flags of a run that takes seconds."""
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY_UNET))
+    return [
+        *("--model_config_name_or_path", config, "--train_batch_size", 32, "--ddpm_num_inference_steps", 2),
+        *("--eval_batch_size", 4, "--seed", 0, "--cache_dir", tmp_path / "cache", "--lr_warmup_steps", 2),
+    ]
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_digits_are_learnt_and_the_results_are_all_there(tmp_path, tiny):
+    out = tmp_path / "run"
+    result = launch(
+        *(SCRIPT, *tiny, "--dataset_name", "digits", "--skip_scaling", "cs", "--kappa", 0.6, "--output_dir", out),
+        *("--max_train_steps", 80, "--learning_rate", 5e-3, "--use_ema", "--lr_scheduler", "constant"),
+        *("--checkpointing_steps", 40, "--checkpoints_total_limit", 1, "--save_images_epochs", 1),
+    )
+    curve = losses(out)
+    assert len(curve) == 80
+    assert mean(curve[-10:]) < 0.5 * mean(curve[:5])
+    assert "loss=" in result.stderr
+    assert "step/s" in result.stderr
+
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    assert type(pipeline) is DDPMPipeline
+    assert pipeline.unet.kappas == pytest.approx([0.6**i for i in range(pipeline.unet.num_skips)])
+    assert np.asarray(Image.open(out / "samples.png")).std() > 0
+    assert Image.open(out / "loss.png").size[0] > 100
+    assert [p.name for p in sorted((out / "samples").iterdir())] == ["epoch-0001.png", "epoch-0002.png"]
+    assert list((out / "logs").rglob("events.out.tfevents*"))
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-80"]
+    assert not list(out.glob(".*partial"))
+    checkpoint = out / "checkpoint-80"
+    # The pipeline holds the moving average, the checkpoint both.
+    assert_same_weights(weights(out / "unet"), weights(checkpoint / "unet_ema"))
+    current, average = weights(checkpoint / "unet"), weights(checkpoint / "unet_ema")
+    assert not torch.equal(current["conv_in.weight"], average["conv_in.weight"])
+    assert AutoModel.from_pretrained(str(checkpoint), subfolder="unet").config.kappa == 0.6
+
+
+@pytest.mark.parametrize("method", ["cs", "ls"])
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, tiny, method):
+    write_images(tmp_path / "data", 40, size=(12, 10))
+    flags = [
+        *(SCRIPT, *tiny, "--train_data_dir", tmp_path / "data", "--skip_scaling", method, "--use_ema"),
+        *("--train_batch_size", 4, "--gradient_accumulation_steps", 2, "--random_flip", "--lr_scheduler", "constant"),
+        *("--checkpointing_steps", 7, "--dataloader_num_workers", 1 if method == "cs" else 0),
+    ]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    launch(*flags, "--max_train_steps", 12, "--output_dir", straight)
+    launch(*flags, "--max_train_steps", 8, "--output_dir", stopped)
+    launch(*flags, "--max_train_steps", 12, "--output_dir", stopped, "--resume_from_checkpoint", "latest")
+    assert losses(stopped) == losses(straight)
+    assert_same_weights(weights(stopped / "unet"), weights(straight / "unet"))
+
+
+def test_a_corrupt_image_is_named_before_training_and_can_be_skipped(tmp_path, tiny):
+    truncate(write_images(tmp_path / "data", 8)[5])
+    flags = [SCRIPT, *tiny, "--train_data_dir", tmp_path / "data", "--max_train_steps", 1]
+    refused = launch(*flags, "--output_dir", tmp_path / "refused", check=False)
+    assert refused.returncode != 0
+    assert "5.png" in refused.stderr
+    assert "--skip_bad_images" in refused.stderr
+    assert not (tmp_path / "refused" / "loss.csv").exists()
+    skipping = launch(*flags, "--output_dir", tmp_path / "run", "--skip_bad_images")
+    assert "Left out 1 images" in skipping.stderr
+    assert len(losses(tmp_path / "run")) == 1
+
+
+def test_the_number_of_processes_and_the_accumulation_do_not_change_the_training(tmp_path, tiny):
+    flags = [SCRIPT, *tiny, "--dataset_name", "digits", "--skip_scaling", "ls", "--max_train_steps", 4, "--use_ema"]
+
+    def run(name, batch_size, accumulation, num_processes):
+        launch(
+            *(*flags, "--train_batch_size", batch_size, "--gradient_accumulation_steps", accumulation),
+            *("--output_dir", tmp_path / name, "--checkpointing_steps", 4),
+            num_processes=num_processes,
+        )
+        checkpoint = tmp_path / name / "checkpoint-4"
+        return losses(tmp_path / name), weights(checkpoint / "unet"), weights(checkpoint / "unet_ema"), checkpoint
+
+    whole_losses, whole, whole_ema, _ = run("whole", 16, 1, 1)
+    for name, setup in {"two processes": (8, 1, 2), "accumulated": (8, 2, 1)}.items():
+        split_losses, split, split_ema, checkpoint = run(name, *setup)
+        assert split_losses == pytest.approx(whole_losses, rel=1e-4)
+        for expected, actual in ((whole, split), (whole_ema, split_ema)):
+            for key, value in expected.items():
+                torch.testing.assert_close(actual[key], value, rtol=1e-3, atol=2e-5)
+        assert len(list(checkpoint.glob("random_states_*.pkl"))) == setup[2]
