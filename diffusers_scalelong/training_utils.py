@@ -60,7 +60,10 @@ def parse_args_with_preset(parser: argparse.ArgumentParser) -> tuple[argparse.Na
     config, flags = load_preset(args.model_config_name_or_path, args.cache_dir)
     unknown = sorted(flags.keys() - vars(args).keys())
     if unknown:
-        raise ValueError(f"{args.model_config_name_or_path} sets flags that do not exist: {', '.join(unknown)}.")
+        raise ValueError(
+            f"{args.model_config_name_or_path} is no preset for this script: it sets --{', --'.join(unknown)}, which "
+            "the script does not have."
+        )
     if isinstance(config.get("sample_size"), int):
         parser.set_defaults(resolution=config["sample_size"])
     parser.set_defaults(**flags)

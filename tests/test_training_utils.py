@@ -174,6 +174,12 @@ def test_bad_input_leaves_an_earlier_run_alone(start, tmp_path):
     assert checkpoint.exists()
 
 
+@pytest.mark.parametrize("preset", ["imagenet64_uvit_m4.json", "mscoco256_uvit_s2.json"])
+def test_conditional_presets_are_refused(start, preset):
+    with pytest.raises(ValueError, match=r"class labels|no preset for this script"):
+        start("--model_config_name_or_path", ROOT / "training/configs" / preset)
+
+
 def test_a_model_with_two_channels_has_no_images(start, tmp_path):
     file = tmp_path / "two.json"
     file.write_text(json.dumps(TINY_UNET | {"in_channels": 2, "out_channels": 2}))

@@ -138,8 +138,14 @@ def check_args(args: argparse.Namespace) -> None:
         )
 
 
-def check_resolution(model: diffusers.ModelMixin, resolution: int) -> None:
-    """A UNet halves the image between its levels; a remainder would be lost on the way down."""
+def check_model(model: diffusers.ModelMixin, resolution: int) -> None:
+    for key, condition in (("num_class_embeds", "class labels"), ("cross_attention_dim", "text")):
+        if model.config.get(key) is not None:
+            raise ValueError(
+                f"The model config sets {key}: the model needs {condition}, and this script trains unconditional "
+                "models. Choose another config."
+            )
+    # A UNet halves the image between its levels; a remainder would be lost on the way down.
     levels = len(model.config.get("block_out_channels", [0]))
     if resolution % 2 ** (levels - 1):
         raise ValueError(
@@ -179,7 +185,7 @@ def main(args: argparse.Namespace, model_config: dict | None) -> None:
         kappa=args.kappa[0] if args.kappa and len(args.kappa) == 1 else args.kappa,
         ls_initial_gate=args.ls_initial_gate,
     )
-    check_resolution(model, args.resolution)
+    check_model(model, args.resolution)
     ema_model = None
     if args.use_ema:
         ema_model = EMAModel(

@@ -54,9 +54,9 @@ class SkipScalingUNetMixin(SkipScalingMixin):
         widths_by_block = []
         for block in self.up_blocks:
             widths = []
-            for resnet in block.resnets:
+            for resnet in block.get_submodule("resnets").children():
                 widths.append(resnet.in_channels - hidden)
-                hidden = resnet.conv2.out_channels
+                hidden = resnet.get_submodule("conv2").out_channels
             if type(block).__name__ in _BLOCKS_WITH_ONE_SKIP:
                 # None at all for a first KCrossAttnUpBlock2D: its encoder hands over `None`.
                 widths = widths[:1] if widths[0] else []
