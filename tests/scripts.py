@@ -26,6 +26,17 @@ TINY_UNET = {
 }
 
 
+TINY_UVIT = {
+    "_class_name": "ScaleLongUViT2DModel",
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 1,
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "hidden_size": 64,
+}
+
+
 def launch(script: str, *args: object, num_processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     launcher = LAUNCH if num_processes == 1 else [*TORCHRUN, str(num_processes)]
     command = [*launcher, str(ROOT / "training" / script), *map(str, args)]

@@ -10,7 +10,10 @@ from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline
 from images import truncate, write_images
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import TINY_UNET, launch, losses
+from scripts import TINY_UNET, TINY_UVIT, launch, losses
+
+from diffusers_scalelong import ScaleLongUViT2DModel
+from diffusers_scalelong.image_data import load_images
 
 SCRIPT = "train_unconditional.py"
 
@@ -63,6 +66,26 @@ def test_digits_are_learnt_and_the_results_are_all_there(tmp_path, tiny):
     current, average = weights(checkpoint / "unet"), weights(checkpoint / "unet_ema")
     assert not torch.equal(current["conv_in.weight"], average["conv_in.weight"])
     assert AutoModel.from_pretrained(str(checkpoint), subfolder="unet").config.kappa == 0.6
+
+
+def test_a_uvit_trains_on_parquet_and_its_pipeline_loads(tmp_path, tiny):
+    data = tmp_path / "data" / "train-00000-of-00001.parquet"
+    data.parent.mkdir()
+    load_images("digits").to_parquet(data)
+    config = tmp_path / "uvit.json"
+    config.write_text(json.dumps(TINY_UVIT))
+    out = tmp_path / "run"
+    launch(
+        *(SCRIPT, *tiny, "--model_config_name_or_path", config, "--dataset_name", data.parent, "--output_dir", out),
+        *("--max_train_steps", 60, "--learning_rate", 2e-3, "--lr_scheduler", "constant", "--skip_scaling", "ls"),
+    )
+    curve = losses(out)
+    assert mean(curve[-10:]) < 0.6 * mean(curve[:5])
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    assert type(pipeline.unet) is ScaleLongUViT2DModel
+    assert pipeline.unet.config.skip_scaling == "ls"
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
 @pytest.mark.parametrize("method", ["cs", "ls"])
