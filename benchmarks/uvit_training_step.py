@@ -4,7 +4,7 @@
 
 PATH is a checkout of https://github.com/sail-sg/ScaleLong or https://github.com/baofff/U-ViT, which needs the package
 einops. A step is a forward and a backward pass. Both models have the same weights and their outputs are compared
-first. The variants take turns, so that whatever else the machine does falls on all of them.
+first. The variants take turns in random order, so that whatever else the machine does falls on all of them.
 
 On the CPU: float32, batch 16, 32×32 pixels, patch 4, width 256, 8 layers, 4 heads. On a GPU: bfloat16 autocast, the
 U-ViT-S/2 of CIFAR-10 (32×32, patch 2, width 512, 12 layers, 8 heads), batch 128.
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import random
 import statistics
 import sys
 import time
@@ -102,14 +103,14 @@ def main() -> None:
             step(name)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(ROUNDS):
-        for name in variants:
+        for name in random.sample(list(variants), len(variants)):
             seconds[name].append(step(name))
 
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}; median of {ROUNDS} steps (fastest to slowest):")
     for name, times in seconds.items():
         line = f"  {name:9}  {statistics.median(times):.4f} s ({min(times):.4f} to {max(times):.4f})"
-        if reference is not None:
+        if reference is not None and name != "reference":
             ratios = [other / own for other, own in zip(seconds["reference"], times, strict=True)]
             ratio = statistics.median(seconds["reference"]) / statistics.median(times)
             line += f"  {ratio:.2f}× the reference's speed (round by round {min(ratios):.2f} to {max(ratios):.2f})"

@@ -5,17 +5,17 @@ from diffusers import ModelMixin  # Diffusers' pipeline loader looks it up on th
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
 from .models import ScaleLongUNet2DConditionModel, ScaleLongUNet2DModel, ScaleLongUViT2DModel
-from .pipeline_uvit import ScaleLongUViTPipeline
+from .pipeline import ScaleLongPipeline
 from .skip_scaling import skip_coefficients
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ModelMixin",
+    "ScaleLongPipeline",
     "ScaleLongUNet2DConditionModel",
     "ScaleLongUNet2DModel",
     "ScaleLongUViT2DModel",
-    "ScaleLongUViTPipeline",
     "skip_coefficients",
 ]
 
@@ -23,5 +23,5 @@ __all__ = [
 LOADABLE_CLASSES["diffusers_scalelong"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["diffusers_scalelong"])
 # … and `AutoModel` and `DiffusionPipeline` look models and pipelines up as attributes of `diffusers`.
-for _class in (ScaleLongUNet2DModel, ScaleLongUNet2DConditionModel, ScaleLongUViT2DModel, ScaleLongUViTPipeline):
+for _class in (ScaleLongUNet2DModel, ScaleLongUNet2DConditionModel, ScaleLongUViT2DModel, ScaleLongPipeline):
     setattr(diffusers, _class.__name__, _class)

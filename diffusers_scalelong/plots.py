@@ -12,19 +12,22 @@ matplotlib.use("agg")  # no screen
 from matplotlib import pyplot as plt
 
 
-def save_image_grid(images: np.ndarray, path: str | Path, padding: int = 2, min_tile: int = 64) -> None:
-    """Saves images as one PNG, in a grid as square as possible.
+def save_image_grid(
+    images: np.ndarray, path: str | Path, padding: int = 2, min_tile: int = 64, columns: int | None = None
+) -> None:
+    """Saves images as one PNG, in a grid, row after row.
 
     Args:
         images: (number, height, width, channels) in [0, 1], as a pipeline returns with `output_type="np"`.
         path: the PNG.
         padding: pixels between the images.
         min_tile: smaller images are enlarged by a whole factor to at least this many pixels.
+        columns: images in a row; by default as many as make the grid as square as possible.
     """
     factor = max(1, math.ceil(min_tile / images.shape[1]))
     pixels = (images * 255).round().astype(np.uint8).repeat(factor, axis=1).repeat(factor, axis=2)
     number, height, width, channels = pixels.shape
-    columns = math.ceil(math.sqrt(number))
+    columns = columns or math.ceil(math.sqrt(number))
     rows = math.ceil(number / columns)
     grid = np.full(
         (rows * (height + padding) + padding, columns * (width + padding) + padding, channels), 255, np.uint8

@@ -118,7 +118,8 @@ class ConstantSkipScaling(nn.Module):
     def __init__(self, method: str, num_skips: int, kappa: float | Sequence[float] | None = None) -> None:
         super().__init__()
         self.method = method
-        self.coefficients = skip_coefficients(method, num_skips, kappa)
+        self.targets = skip_coefficients(method, num_skips, kappa)
+        self.coefficients = self.targets
         # Compiled code reads this tensor: a Python float would be burnt into the graph.
         self.register_buffer(
             "_coefficient_tensor", torch.tensor(self.coefficients, dtype=torch.float32), persistent=False
@@ -126,7 +127,12 @@ class ConstantSkipScaling(nn.Module):
 
     def set_kappa(self, kappa: float | Sequence[float]) -> None:
         """Changes the constants; invalid values raise as in `skip_coefficients` and change nothing."""
-        self.coefficients = skip_coefficients(self.method, len(self.coefficients), kappa)
+        self.targets = skip_coefficients(self.method, len(self.targets), kappa)
+        self.warm_up(1.0)
+
+    def warm_up(self, progress: float) -> None:
+        """Puts 1 + progress · (κ_i - 1) in force, exact at both ends: 1 at progress 0, κ_i at progress 1."""
+        self.coefficients = tuple((1 - progress) + progress * target for target in self.targets)
         self._coefficient_tensor.copy_(torch.tensor(self.coefficients))
 
     def forward(self, skip: torch.Tensor, index: int) -> torch.Tensor:

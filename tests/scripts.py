@@ -1,10 +1,16 @@
 """Runs the training scripts as their users do: `accelerate launch`, in a process of its own."""
 
 import csv
+import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+from accelerate.state import AcceleratorState, PartialState
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
@@ -37,13 +43,33 @@ TINY_UVIT = {
 }
 
 
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true"}
+
+
 def launch(script: str, *args: object, num_processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     launcher = LAUNCH if num_processes == 1 else [*TORCHRUN, str(num_processes)]
     command = [*launcher, str(ROOT / "training" / script), *map(str, args)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert not check or result.returncode == 0, result.stderr[-4000:]
     return result
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "training" / name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def start(script: str, *args: object) -> None:
+    """Runs a script in this process: for command lines that it refuses, with an exception to look at."""
+    with patch.object(sys, "argv", [script, *map(str, args)]):
+        try:
+            runpy.run_path(str(ROOT / "training" / script), run_name="__main__")
+        finally:
+            AcceleratorState._reset_state()
+            PartialState._reset_state()
 
 
 def losses(output_dir: Path) -> list[float]:

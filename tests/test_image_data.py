@@ -9,7 +9,7 @@ import torch
 from images import truncate, write_images
 from PIL import Image
 
-from diffusers_scalelong.image_data import ImageDataset, drop_unreadable_images, load_images
+from diffusers_scalelong.image_data import ImageTransform, drop_unreadable_images, load_images
 
 
 @pytest.fixture(autouse=True)
@@ -17,12 +17,8 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def as_dataset(images) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
-
-
-def tensor_of(image, **options) -> torch.Tensor:
-    return ImageDataset(as_dataset([image]), **options)[0]["input"]
+def tensor_of(image, seed=0, **options) -> torch.Tensor:
+    return ImageTransform(**options)(image, np.random.default_rng(seed))["input"]
 
 
 def test_digits_are_the_real_ones():
@@ -50,7 +46,7 @@ def test_parquet_with_image_bytes(tmp_path, as_folder):
     file = tmp_path / "data" / "train-00000-of-00001.parquet"
     file.parent.mkdir()
     datasets.Dataset.from_dict({"img": [{"bytes": buffer.getvalue(), "path": None}] * 2}).to_parquet(file)
-    dataset = load_images(str(file.parent if as_folder else file), image_column="img")
+    dataset = load_images(str(file.parent if as_folder else file), columns={"image_column": "img"})
     assert (np.asarray(dataset[1]["img"]) == pixels).all()
     with pytest.raises(ValueError, match=r"no column 'image'.*Choose one of img"):
         load_images(str(file))
@@ -124,29 +120,51 @@ def test_center_crop_takes_the_middle():
     assert (tensor_of(Image.fromarray(pixels), resolution=4, center_crop=True) == 1).all()
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone():
-    images = [Image.fromarray(np.random.default_rng(i).integers(256, size=(8, 16, 3), dtype=np.uint8)) for i in (0, 1)]
+def test_crops_lie_inside_and_are_where_they_say():
+    image = Image.fromarray(np.arange(300, dtype=np.uint16).astype(np.uint8).reshape(10, 30))
+    seen = set()
+    for seed in range(60):
+        sample = ImageTransform(resolution=10, channels=1)(image, np.random.default_rng(seed))
+        top, left = sample["crop_top_left"].tolist()
+        seen.add(left)
+        assert (top, sample["original_size"].tolist()) == (0, [10, 30])
+        expected = np.asarray(image)[:, left : left + 10]
+        assert np.array_equal(((sample["input"][0] + 1) * 127.5).round().numpy(), expected)
+    assert min(seen) == 0
+    assert max(seen) == 20
 
-    def draw(index, epoch=0, seed=0):
-        dataset = ImageDataset(as_dataset(images), resolution=8, random_flip=True, seed=seed)
-        dataset.set_epoch(epoch)
-        return dataset[index]["input"]
 
-    assert torch.equal(draw(0), draw(0))
+def test_augmentation_comes_from_the_given_generator_alone():
+    image = Image.fromarray(np.random.default_rng(1).integers(256, size=(8, 16, 3), dtype=np.uint8))
+    first = tensor_of(image, seed=5, resolution=8, random_flip=True)
     torch.rand(3), np.random.rand(3)  # global generators play no part
-    assert torch.equal(draw(1, 5, 7), draw(1, 5, 7))
-    assert len({draw(0, epoch).numpy().tobytes() for epoch in range(20)}) > 5
-    assert len({draw(0, 0, seed).numpy().tobytes() for seed in range(20)}) > 5
+    assert torch.equal(tensor_of(image, seed=5, resolution=8, random_flip=True), first)
+    assert len({tensor_of(image, seed, resolution=8, random_flip=True).numpy().tobytes() for seed in range(20)}) > 5
 
 
 def test_flips_are_mirror_images_of_about_half():
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
-    dataset = ImageDataset(as_dataset([image]), resolution=4, random_flip=True)
     straight = tensor_of(image, resolution=4)
     flipped = 0
-    for epoch in range(200):
-        dataset.set_epoch(epoch)
-        tensor = dataset[0]["input"]
+    for seed in range(200):
+        tensor = tensor_of(image, seed, resolution=4, random_flip=True)
         assert torch.equal(tensor, straight) or torch.equal(tensor, straight.flip(-1))
         flipped += torch.equal(tensor, straight.flip(-1))
     assert 70 < flipped < 130
+
+
+def test_the_filter_is_pillows():
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(16, 16, 3), dtype=np.uint8))
+    for name in ("lanczos", "nearest"):
+        expected = np.asarray(image.resize((8, 8), Image.Resampling[name.upper()])).transpose(2, 0, 1)
+        tensor = tensor_of(image, resolution=8, interpolation=name)
+        assert np.array_equal(((tensor + 1) * 127.5).round().numpy(), expected)
+    with pytest.raises(ValueError, match="lanczos"):
+        ImageTransform(interpolation="sharp")
+
+
+def test_a_part_of_the_dataset_is_random_and_reproducible():
+    part, again, other = (load_images("digits", max_train_samples=50, seed=seed)["label"][:] for seed in (0, 0, 1))
+    assert len(part) == 50
+    assert part == again != other
+    assert load_images("digits", max_train_samples=5000).num_rows == 1797

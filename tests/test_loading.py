@@ -111,6 +111,27 @@ def test_a_plain_checkpoint_takes_constants(plain_class, scaled_class, name, tmp
     assert scaled_class.from_pretrained(tmp_path).config.skip_scaling == "none"
 
 
+@each_class
+@pytest.mark.parametrize("subfolder", [None, "unet"])
+def test_a_plain_unet_is_adopted_and_given_back(plain_class, scaled_class, name, subfolder, tmp_path):
+    plain = seeded(plain_class, config_of(plain_class, name))
+    plain.save_pretrained(tmp_path / (subfolder or ""))
+    adopted = scaled_class.from_pretrained(tmp_path, subfolder=subfolder, skip_scaling="cs", kappa=0.5)
+    adopted.save_pretrained(tmp_path / "adopted")
+    assert_same(scaled_class.from_pretrained(tmp_path / "adopted"), adopted)
+
+    scaled_class.from_pretrained(tmp_path, subfolder=subfolder).to_unet().save_pretrained(tmp_path / "none")
+    adopted.to_unet(drop_scaling=True).save_pretrained(tmp_path / "dropped")
+    for folder in ("none", "dropped"):
+        stored = json.loads((tmp_path / folder / "config.json").read_text())
+        assert stored["_class_name"] == plain_class.__name__
+        assert not {"skip_scaling", "kappa", "ls_reduction", "ls_initial_gate"} & stored.keys()
+        back = plain_class.from_pretrained(tmp_path / folder)
+        assert type(back) is plain_class
+        assert all(torch.equal(value, plain.state_dict()[key]) for key, value in back.state_dict().items())
+        torch.testing.assert_close(output_of(back), output_of(plain), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("stored", "override", "method", "kappa"),
     [

@@ -56,7 +56,8 @@ def test_digits_are_learnt_and_the_results_are_all_there(tmp_path, tiny):
     assert pipeline.unet.kappas == pytest.approx([0.6**i for i in range(pipeline.unet.num_skips)])
     assert np.asarray(Image.open(out / "samples.png")).std() > 0
     assert Image.open(out / "loss.png").size[0] > 100
-    assert [p.name for p in sorted((out / "samples").iterdir())] == ["epoch-0001.png", "epoch-0002.png"]
+    # 80 batches of 32 are 1.4 epochs of 1797 digits; the 57th completes the first.
+    assert [p.name for p in sorted((out / "samples").iterdir())] == ["step-0000057.png", "step-0000080.png"]
     assert list((out / "logs").rglob("events.out.tfevents*"))
     assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-80"]
     assert not list(out.glob(".*partial"))
@@ -88,22 +89,6 @@ def test_a_uvit_trains_on_parquet_and_its_pipeline_loads(tmp_path, tiny):
     assert pipeline(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
-@pytest.mark.parametrize("method", ["cs", "ls"])
-def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, tiny, method):
-    write_images(tmp_path / "data", 40, size=(12, 10))
-    flags = [
-        *(SCRIPT, *tiny, "--train_data_dir", tmp_path / "data", "--skip_scaling", method, "--use_ema"),
-        *("--train_batch_size", 4, "--gradient_accumulation_steps", 2, "--random_flip", "--lr_scheduler", "constant"),
-        *("--checkpointing_steps", 7, "--dataloader_num_workers", 1 if method == "cs" else 0),
-    ]
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    launch(*flags, "--max_train_steps", 12, "--output_dir", straight)
-    launch(*flags, "--max_train_steps", 8, "--output_dir", stopped)
-    launch(*flags, "--max_train_steps", 12, "--output_dir", stopped, "--resume_from_checkpoint", "latest")
-    assert losses(stopped) == losses(straight)
-    assert_same_weights(weights(stopped / "unet"), weights(straight / "unet"))
-
-
 def test_a_corrupt_image_is_named_before_training_and_can_be_skipped(tmp_path, tiny):
     truncate(write_images(tmp_path / "data", 8)[5])
     flags = [SCRIPT, *tiny, "--train_data_dir", tmp_path / "data", "--max_train_steps", 1]
@@ -115,25 +100,3 @@ def test_a_corrupt_image_is_named_before_training_and_can_be_skipped(tmp_path, t
     skipping = launch(*flags, "--output_dir", tmp_path / "run", "--skip_bad_images")
     assert "Left out 1 images" in skipping.stderr
     assert len(losses(tmp_path / "run")) == 1
-
-
-def test_the_number_of_processes_and_the_accumulation_do_not_change_the_training(tmp_path, tiny):
-    flags = [SCRIPT, *tiny, "--dataset_name", "digits", "--skip_scaling", "ls", "--max_train_steps", 4, "--use_ema"]
-
-    def run(name, batch_size, accumulation, num_processes):
-        launch(
-            *(*flags, "--train_batch_size", batch_size, "--gradient_accumulation_steps", accumulation),
-            *("--output_dir", tmp_path / name, "--checkpointing_steps", 4),
-            num_processes=num_processes,
-        )
-        checkpoint = tmp_path / name / "checkpoint-4"
-        return losses(tmp_path / name), weights(checkpoint / "unet"), weights(checkpoint / "unet_ema"), checkpoint
-
-    whole_losses, whole, whole_ema, _ = run("whole", 16, 1, 1)
-    for name, setup in {"two processes": (8, 1, 2), "accumulated": (8, 2, 1)}.items():
-        split_losses, split, split_ema, checkpoint = run(name, *setup)
-        assert split_losses == pytest.approx(whole_losses, rel=1e-4)
-        for expected, actual in ((whole, split), (whole_ema, split_ema)):
-            for key, value in expected.items():
-                torch.testing.assert_close(actual[key], value, rtol=1e-3, atol=2e-5)
-        assert len(list(checkpoint.glob("random_states_*.pkl"))) == setup[2]

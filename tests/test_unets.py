@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+from peft import LoraConfig
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 from unets import (
@@ -268,6 +269,65 @@ def test_from_unet_refuses_other_things():
     unet.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"do not fit its config.*extra"):
         ScaleLongUNet2DModel.from_unet(unet, skip_scaling="cs")
+
+
+@every_case
+def test_to_unet_gives_back_the_plain_unet(plain_class, scaled_class, name):
+    config = config_of(plain_class, name)
+    plain = seeded(plain_class, config)
+    back = scaled_class.from_unet(plain).to_unet()
+    assert type(back) is plain_class
+    assert torch.equal(output_of(back), output_of(plain))
+    public, expected = ({k: v for k, v in unet.config.items() if k[0] != "_"} for unet in (back, plain))
+    assert public == expected
+
+
+@each_class
+def test_to_unet_copies_everything_and_shares_nothing(plain_class, scaled_class, name, caplog):
+    scaled = seeded(scaled_class, config_of(plain_class, name)).double().train()
+    scaled.conv_out.half()
+    before = copy.deepcopy(scaled.state_dict())
+    caplog.clear()
+    plain = scaled.to_unet()
+    assert not caplog.records, "nothing to warn of"
+    assert plain.training
+    assert plain.state_dict().keys() == before.keys()
+    for key, value in plain.state_dict().items():
+        assert value.dtype == (torch.float16 if key.startswith("conv_out") else torch.float64)
+        assert torch.equal(value, before[key])
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, before[key]) for key, value in scaled.state_dict().items())
+    assert not scaled.eval().to_unet().training
+
+
+@each_class
+@pytest.mark.parametrize("method", ["uniform", "cs", "ls", "ls_unshared"])
+def test_to_unet_drops_a_scaling_only_when_asked_to(plain_class, scaled_class, name, method):
+    config = config_of(plain_class, name)
+    plain, scaled = seeded(plain_class, config), seeded(scaled_class, config, skip_scaling=method)
+    before = output_of(scaled)
+    with pytest.raises(ValueError, match=f"skip_scaling='{method}': a {plain_class.__name__} .* drop_scaling=True"):
+        scaled.to_unet()
+    dropped = scaled.to_unet(drop_scaling=True)
+    assert type(dropped) is plain_class
+    assert torch.equal(output_of(dropped), output_of(plain))
+    assert not torch.allclose(output_of(dropped), before, rtol=1e-3)
+    assert torch.equal(output_of(scaled), before)
+
+
+def test_to_unet_with_coefficients_of_one_drops_nothing():
+    unet = seeded(ScaleLongUNet2DModel, config_of(UNet2DModel, "UpBlock2D"), skip_scaling="uniform", kappa=1)
+    assert torch.equal(output_of(unet.to_unet()), output_of(unet))
+
+
+def test_to_unet_refuses_an_adapter():
+    plain_class, scaled_class, name = ONE_CASE_PER_CLASS[1]
+    unet = seeded(scaled_class, config_of(plain_class, name))
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"do not fit its config.*unload adapters"):
+        unet.to_unet()
 
 
 @pytest.mark.parametrize("method", ["none", "ls", "ls_unshared"])

@@ -8,7 +8,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from .skip_scaling_mixin import _GATES, SkipScalingMixin
+from .skip_scaling_mixin import _GATES, SCALING_KEYS, SkipScalingMixin
 
 Self = TypeVar("Self", bound="SkipScalingUNetMixin")
 
@@ -102,22 +102,53 @@ class SkipScalingUNetMixin(SkipScalingMixin):
                 f"{cls.__name__}.from_unet needs a {cls.plain_class.__name__}, but got a {type(unet).__name__}. "
                 "Unwrap a compiled or distributed model first."
             )
-        config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-        config.update(
-            skip_scaling=skip_scaling, kappa=kappa, ls_reduction=ls_reduction, ls_initial_gate=ls_initial_gate
+        return _copy(
+            unet,
+            cls,
+            skip_scaling=skip_scaling,
+            kappa=kappa,
+            ls_reduction=ls_reduction,
+            ls_initial_gate=ls_initial_gate,
         )
-        model = cls(**config).to(device=unet.device, dtype=unet.dtype)
-        expected = model.state_dict()
-        weights = {
-            key: value.detach().clone()
-            for key, value in unet.state_dict().items()
-            if not key.startswith(_GATES) or (key in expected and expected[key].shape == value.shape)
-        }
-        unmatched = {key for key in weights.keys() ^ expected.keys() if not key.startswith(_GATES)}
-        if unmatched:
+
+    def to_unet(self, *, drop_scaling: bool = False) -> ModelMixin:
+        """A plain copy, of Diffusers' own class: the same weights, dtype, device and mode; no storage is shared.
+
+        Saved, it loads and computes the same without this package.
+
+        Args:
+            drop_scaling: whether to make one of a model that scales its skips. The constants and gates are left out,
+                so the plain UNet's output differs from this model's until it is fine-tuned.
+
+        Raises:
+            ValueError: the model scales its skips (a κ_i is not 1, or the method has gates) and `drop_scaling` is not
+                set; the weights do not fit the config (LoRA layers, for example).
+        """
+        if not drop_scaling and self.kappas != (1.0,) * self.num_skips:
             raise ValueError(
-                f"The weights of this {type(unet).__name__} do not fit its config, for example "
-                f"{', '.join(sorted(unmatched)[:3])}. Merge or unload adapters first."
+                f"This model scales its skips, skip_scaling={self.config['skip_scaling']!r}: a "
+                f"{self.plain_class.__name__} with the same weights computes something else. Pass drop_scaling=True "
+                "if that is what you want, for example to fine-tune it without the scaling."
             )
-        model.load_state_dict(weights, strict=False, assign=True)  # assign keeps each tensor's own dtype
-        return model.train(unet.training)
+        return _copy(self, self.plain_class)
+
+
+def _copy(unet: ModelMixin, cls: type, **scaling: Any) -> Any:
+    """A `cls` with the config, the weights, dtype, device and mode of `unet`, and the scaling that is given."""
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key not in SCALING_KEYS}
+    # Not Diffusers' own `to`, which warns of any dtype, as if modules of these classes had to stay in float32.
+    model = nn.Module.to(cls(**config, **scaling), device=unet.device, dtype=unet.dtype)
+    expected = model.state_dict()
+    weights = {
+        key: value.detach().clone()
+        for key, value in unet.state_dict().items()
+        if not key.startswith(_GATES) or (key in expected and expected[key].shape == value.shape)
+    }
+    unmatched = {key for key in weights.keys() ^ expected.keys() if not key.startswith(_GATES)}
+    if unmatched:
+        raise ValueError(
+            f"The weights of this {type(unet).__name__} do not fit its config, for example "
+            f"{', '.join(sorted(unmatched)[:3])}. Merge or unload adapters first."
+        )
+    model.load_state_dict(weights, strict=False, assign=True)  # assign keeps each tensor's own dtype
+    return model.train(unet.training)

@@ -11,19 +11,25 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    UNet2DModel,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from diffusers_scalelong import ScaleLongUViT2DModel, ScaleLongUViTPipeline
+from diffusers_scalelong import (
+    ScaleLongPipeline,
+    ScaleLongUNet2DConditionModel,
+    ScaleLongUNet2DModel,
+    ScaleLongUViT2DModel,
+)
 
 WORDS = ["[PAD]", "[UNK]", "a", "photo", "of", "red", "blue", "cat", "dog", "house"]
 NUM_TOKENS, WIDTH, CLASSES = 7, 24, 5
 
 
-def unet(seed=0, **config):
+def uvit(seed=0, **config):
     torch.manual_seed(seed)
     model = ScaleLongUViT2DModel(
         **{"sample_size": 8, "num_layers": 4, "num_attention_heads": 2, "hidden_size": 16, **config},
@@ -35,9 +41,36 @@ def unet(seed=0, **config):
     return model.eval()
 
 
-def class_pipeline(scheduler=None):
+def unet(cls=ScaleLongUNet2DModel, **config):
+    torch.manual_seed(0)
+    model = cls(
+        **{"sample_size": 8, "num_class_embeds": CLASSES, **config},
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        add_attention=False,
+        **({"skip_scaling": "cs"} if cls is ScaleLongUNet2DModel else {}),
+    )
+    if model.class_embedding is not None:
+        with torch.no_grad():
+            model.class_embedding.weight.mul_(5)  # large enough to show
+    return model.eval()
+
+
+MODELS = {
+    "UViT": lambda: uvit(num_class_embeds=CLASSES),
+    "UNet": unet,
+    "plain UNet": lambda: unet(UNet2DModel),
+    "oblong UNet": lambda: unet(sample_size=(8, 16)),
+}
+each_model = pytest.mark.parametrize("model", MODELS)
+
+
+def class_pipeline(scheduler=None, model="UViT"):
     """Four classes; the fifth embedding is the null class."""
-    return quiet(ScaleLongUViTPipeline(unet(num_class_embeds=CLASSES), scheduler or DDIMScheduler()))
+    return quiet(ScaleLongPipeline(MODELS[model](), scheduler or DDIMScheduler()))
 
 
 def text_pipeline():
@@ -64,8 +97,8 @@ def text_pipeline():
         scaling_factor=0.23,
     )
     return quiet(
-        ScaleLongUViTPipeline(
-            unet(in_channels=4, cross_attention_dim=WIDTH, num_context_tokens=NUM_TOKENS),
+        ScaleLongPipeline(
+            uvit(in_channels=4, cross_attention_dim=WIDTH, num_context_tokens=NUM_TOKENS),
             DDIMScheduler(),
             vae=vae.eval(),
             text_encoder=CLIPTextModel(text_config).eval(),
@@ -95,7 +128,8 @@ def encode_by_hand(pipeline, prompts):
 def sample_by_hand(pipeline, conditions, null_conditions, scale, batch_size, seed=7):
     """DDIM in closed form, the two predictions of guidance in two calls."""
     model = pipeline.unet
-    shape = (batch_size, model.config["in_channels"], 8, 8)
+    size = model.config["sample_size"]
+    shape = (batch_size, model.config["in_channels"], *((size, size) if isinstance(size, int) else size))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
     for t in (666, 333, 0):
@@ -115,9 +149,10 @@ def to_image(samples):
 # ------------------------------------------------------------------------------------------------------------ classes
 
 
+@each_model
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_guidance_for_classes(scale):
-    pipeline = class_pipeline(DDIMScheduler(set_alpha_to_one=True))
+def test_guidance_for_classes(model, scale):
+    pipeline = class_pipeline(DDIMScheduler(set_alpha_to_one=True), model)
     conditions, null = {"class_labels": torch.tensor([1, 3])}, {"class_labels": torch.tensor([CLASSES - 1] * 2)}
     expected = to_image(sample_by_hand(pipeline, conditions, null, scale, batch_size=2))
     np.testing.assert_allclose(run(pipeline, class_labels=[1, 3], guidance_scale=scale), expected, atol=1e-3)
@@ -125,8 +160,9 @@ def test_guidance_for_classes(scale):
     assert abs(other - expected).max() > 1e-2  # else this test could not fail
 
 
-def test_guidance_off_costs_one_evaluation_per_step():
-    pipeline = class_pipeline()
+@each_model
+def test_guidance_off_costs_one_evaluation_per_step(model):
+    pipeline = class_pipeline(model=model)
     batch_sizes = []
     pipeline.unet.register_forward_pre_hook(lambda module, args: batch_sizes.append(len(args[0])))
     run(pipeline, class_labels=[0, 1])
@@ -135,8 +171,9 @@ def test_guidance_off_costs_one_evaluation_per_step():
     assert batch_sizes[3:] == [4, 4, 4]
 
 
-def test_labels_of_every_form():
-    pipeline = class_pipeline()
+@each_model
+def test_labels_of_every_form(model):
+    pipeline = class_pipeline(model=model)
     expected = run(pipeline, class_labels=[2])
     for labels in (2, (2,), torch.tensor([2]), torch.tensor(2), torch.tensor([2], dtype=torch.int32)):
         np.testing.assert_array_equal(run(pipeline, class_labels=labels), expected)
@@ -145,10 +182,11 @@ def test_labels_of_every_form():
 @pytest.mark.parametrize(
     "scheduler", [DDPMScheduler(), DDIMScheduler(), EulerDiscreteScheduler(), DPMSolverMultistepScheduler()]
 )
-def test_a_generator_makes_it_reproducible(scheduler):
-    pipeline = class_pipeline(scheduler)
+@pytest.mark.parametrize("model", ["UViT", "oblong UNet"])
+def test_a_generator_makes_it_reproducible(model, scheduler):
+    pipeline = class_pipeline(scheduler, model)
     images = run(pipeline, class_labels=[1, 2], guidance_scale=2.0)
-    assert images.shape == (2, 8, 8, 3)
+    assert images.shape == (2, 8, 16 if model == "oblong UNet" else 8, 3)
     assert np.isfinite(images).all()
     np.testing.assert_array_equal(run(pipeline, class_labels=[1, 2], guidance_scale=2.0), images)
     assert abs(run(pipeline, seed=8, class_labels=[1, 2], guidance_scale=2.0) - images).max() > 1e-2
@@ -181,8 +219,9 @@ def test_output_types_agree():
     np.testing.assert_array_equal(as_tuple, array)
 
 
-def test_half_precision():
-    pipeline = class_pipeline()
+@pytest.mark.parametrize("model", ["UViT", "UNet"])
+def test_half_precision(model):
+    pipeline = class_pipeline(model=model)
     images = run(pipeline.to(torch.bfloat16), class_labels=[1], guidance_scale=2.0)
     assert images.dtype == np.float32
     assert np.isfinite(images).all()
@@ -219,7 +258,7 @@ def test_embeddings_take_the_place_of_the_prompt():
     pipeline = text_pipeline()
     expected = run(pipeline, prompt="red dog", guidance_scale=2.0)
     text, null = encode_by_hand(pipeline, ["red dog"]), encode_by_hand(pipeline, [""])
-    without_encoder = ScaleLongUViTPipeline(pipeline.unet, pipeline.scheduler, vae=pipeline.vae)
+    without_encoder = ScaleLongPipeline(pipeline.unet, pipeline.scheduler, vae=pipeline.vae)
     quiet(without_encoder)
     for pipe in (pipeline, without_encoder):
         images = run(pipe, prompt_embeds=text, negative_prompt_embeds=null, guidance_scale=2.0)
@@ -236,8 +275,8 @@ def test_long_prompts_are_cut_with_a_warning():
 
 
 def test_classes_and_text_together():
-    model = unet(num_class_embeds=CLASSES, cross_attention_dim=WIDTH, num_context_tokens=NUM_TOKENS)
-    pipeline = quiet(ScaleLongUViTPipeline(model, DDIMScheduler(set_alpha_to_one=True)))
+    model = uvit(num_class_embeds=CLASSES, cross_attention_dim=WIDTH, num_context_tokens=NUM_TOKENS)
+    pipeline = quiet(ScaleLongPipeline(model, DDIMScheduler(set_alpha_to_one=True)))
     text, null_text = torch.randn(2, 2, NUM_TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
     conditions = {"class_labels": torch.tensor([0, 1]), "encoder_hidden_states": text}
     null = {"class_labels": torch.tensor([4, 4]), "encoder_hidden_states": null_text}
@@ -251,12 +290,14 @@ def test_classes_and_text_together():
 # ------------------------------------------------------------------------------------------------- save, load, errors
 
 
-def test_a_class_pipeline_is_saved_and_loaded_by_name(tmp_path):
-    pipeline = class_pipeline()
+@each_model
+def test_a_class_pipeline_is_saved_and_loaded_by_name(model, tmp_path, caplog):
+    pipeline = class_pipeline(model=model)
     pipeline.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(str(tmp_path))
-    assert type(loaded) is ScaleLongUViTPipeline
-    assert type(loaded.unet) is ScaleLongUViT2DModel
+    assert "Expected types" not in caplog.text
+    assert type(loaded) is ScaleLongPipeline
+    assert type(loaded.unet) is type(pipeline.unet)
     assert (loaded.vae, loaded.text_encoder, loaded.tokenizer) == (None, None, None)
     arguments = {"class_labels": [0, 3], "guidance_scale": 2.0}
     np.testing.assert_allclose(run(quiet(loaded), **arguments), run(pipeline, **arguments), atol=1e-4)
@@ -265,9 +306,9 @@ def test_a_class_pipeline_is_saved_and_loaded_by_name(tmp_path):
 def test_a_text_pipeline_is_saved_and_loaded_by_name(tmp_path):
     pipeline = text_pipeline()
     pipeline.save_pretrained(tmp_path)
-    for loader in (DiffusionPipeline, ScaleLongUViTPipeline):
+    for loader in (DiffusionPipeline, ScaleLongPipeline):
         loaded = loader.from_pretrained(str(tmp_path))
-        assert type(loaded) is ScaleLongUViTPipeline
+        assert type(loaded) is ScaleLongPipeline
         assert type(loaded.text_encoder) is CLIPTextModel
         arguments = {"prompt": ["a red cat", "dog"], "guidance_scale": 2.0}
         np.testing.assert_allclose(run(quiet(loaded), **arguments), run(pipeline, **arguments), atol=1e-3)
@@ -303,16 +344,40 @@ def test_a_text_pipeline_is_saved_and_loaded_by_name(tmp_path):
             "needs `negative_prompt_embeds`",
         ),
         ("none", {}, ValueError, "unconditional: sample from it with DDPMPipeline"),
+        ("UNet", {}, ValueError, "class-conditional: give `class_labels` below 5"),
+        ("UNet", {"class_labels": [4], "guidance_scale": 2.0}, ValueError, r"\[0, 4\).*the last .* null class"),
+        ("UNet", {"class_labels": [1], "prompt": "cat"}, ValueError, "takes no text"),
+        ("UNet", {"class_labels": [1], "prompt_embeds": torch.zeros(1, 7, 24)}, ValueError, "takes no text"),
+        ("no size", {"class_labels": [1]}, ValueError, "config of `unet` has no `sample_size`"),
+        ("unconditional UNet", {}, ValueError, "unconditional: sample from it with DDPMPipeline"),
+        ("unconditional UNet", {"class_labels": [1]}, ValueError, "takes no `class_labels`"),
     ],
 )
 def test_wrong_conditions_are_named(kind, arguments, error, message):
-    if kind == "class":
-        pipeline = class_pipeline()
-    elif kind == "none":
-        pipeline = ScaleLongUViTPipeline(unet(), DDIMScheduler())
-    else:
+    if kind in ("text", "no encoder"):
         pipeline = text_pipeline()
         if kind == "no encoder":
-            pipeline = ScaleLongUViTPipeline(pipeline.unet, pipeline.scheduler)
+            pipeline = ScaleLongPipeline(pipeline.unet, pipeline.scheduler)
+    else:
+        model = {
+            "class": MODELS["UViT"],
+            "none": uvit,
+            "UNet": unet,
+            "no size": lambda: unet(sample_size=None),
+            "unconditional UNet": lambda: unet(num_class_embeds=None),
+        }[kind]()
+        pipeline = ScaleLongPipeline(model, DDIMScheduler())
     with pytest.raises(error, match=message):
         run(pipeline, **arguments)
+
+
+def test_a_unet_for_text_belongs_to_another_pipeline():
+    text_unet = ScaleLongUNet2DConditionModel(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    with pytest.raises(TypeError, match=r"ScaleLongUNet2DConditionModel: .* StableDiffusionPipeline"):
+        ScaleLongPipeline(text_unet, DDIMScheduler())

@@ -1,4 +1,4 @@
-"""Sampling with classifier-free guidance from a class- or text-conditional U-ViT."""
+"""Sampling with classifier-free guidance from a class-conditional UNet, or a class- or text-conditional U-ViT."""
 
 import inspect
 import warnings
@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
@@ -16,14 +23,16 @@ from .models import ScaleLongUViT2DModel
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class ScaleLongUViTPipeline(DiffusionPipeline):
-    """Class- and text-conditional image generation with a `ScaleLongUViT2DModel`.
+class ScaleLongPipeline(DiffusionPipeline):
+    """Class-conditional image generation with a `UNet2DModel`, class- and text-conditional with a U-ViT.
 
-    An unconditional U-ViT needs no pipeline of its own: `DDPMPipeline` and `DDIMPipeline` take it as their `unet`.
-    With `import diffusers_scalelong`, `DiffusionPipeline.from_pretrained` loads a saved pipeline by its name.
+    Other models have pipelines in Diffusers: `DDPMPipeline` and `DDIMPipeline` take an unconditional one as their
+    `unet`, `StableDiffusionPipeline` takes a `UNet2DConditionModel`. With `import diffusers_scalelong`,
+    `DiffusionPipeline.from_pretrained` loads a saved pipeline by its name.
 
     Args:
-        unet: the model, with `num_class_embeds`, or with `cross_attention_dim`, or both.
+        unet: a `UNet2DModel`, scaled or not, with `num_class_embeds`; or a `ScaleLongUViT2DModel` with
+            `num_class_embeds`, or with `cross_attention_dim`, or both.
         scheduler: any Diffusers scheduler.
         vae: decodes the samples, for a model of latents; without it the samples are the images.
         text_encoder, tokenizer: from Transformers; the encoder's first output, (batch, tokens, width), is the model's
@@ -31,12 +40,15 @@ class ScaleLongUViTPipeline(DiffusionPipeline):
 
     Classifier-free guidance needs a model that has learned a null condition. For classes it is the last embedding, as
     in the reference: `num_class_embeds` is the number of classes plus one. For text it is the empty prompt.
+
+    Raises:
+        TypeError: `unet` is a `UNet2DConditionModel`.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components: ClassVar[list[str]] = ["vae", "text_encoder", "tokenizer"]
 
-    unet: ScaleLongUViT2DModel
+    unet: UNet2DModel | ScaleLongUViT2DModel
     scheduler: Any
     vae: AutoencoderKL | None
     text_encoder: Any
@@ -44,13 +56,15 @@ class ScaleLongUViTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: ScaleLongUViT2DModel,
+        unet: UNet2DModel | ScaleLongUViT2DModel,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         text_encoder: nn.Module | None = None,
         tokenizer: object | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(unet, UNet2DConditionModel):
+            raise TypeError(f"`unet` is a {type(unet).__name__}: sample from it with StableDiffusionPipeline.")
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor()
 
@@ -97,7 +111,7 @@ class ScaleLongUViTPipeline(DiffusionPipeline):
         text, null_text = self._text(prompt, prompt_embeds, negative_prompt_embeds, guided)
         sizes = {len(condition) for condition in (labels, text) if condition is not None}
         if not sizes:
-            raise ValueError("This U-ViT is unconditional: sample from it with DDPMPipeline or DDIMPipeline.")
+            raise ValueError("This model is unconditional: sample from it with DDPMPipeline or DDIMPipeline.")
         if len(sizes) > 1:
             raise ValueError(f"Give as many labels as prompts, not {sorted(sizes)}.")
         batch_size = sizes.pop()
@@ -112,19 +126,25 @@ class ScaleLongUViTPipeline(DiffusionPipeline):
                 text = torch.cat([text, null_text])
 
         size = self.unet.config["sample_size"]
-        shape = (batch_size, self.unet.config["in_channels"], size, size)
+        if size is None:
+            raise ValueError(
+                "The config of `unet` has no `sample_size`: set it, `unet.register_to_config(sample_size=32)`."
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, self.unet.config["in_channels"], height, width)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         latents = latents * self.scheduler.init_noise_sigma
+        conditions = {"class_labels": labels}
+        if text is not None:  # a UNet2DModel has no argument for it
+            conditions["encoder_hidden_states"] = text
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
 
         for timestep in self.progress_bar(self.scheduler.timesteps):
             model_input = torch.cat([latents, latents]) if guided else latents
             model_input = self.scheduler.scale_model_input(model_input, timestep)
-            prediction = self.unet(
-                model_input, timestep, encoder_hidden_states=text, class_labels=labels, return_dict=False
-            )[0]
+            prediction = self.unet(model_input, timestep, **conditions, return_dict=False)[0]
             if guided:
                 conditional, unconditional = prediction.chunk(2)
                 prediction = unconditional + guidance_scale * (conditional - unconditional)
@@ -167,9 +187,9 @@ class ScaleLongUViTPipeline(DiffusionPipeline):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The text and, with guidance, the null text, each (batch, tokens, width); `None` for a model without text."""
         has_prompt = prompt is not None
-        if self.unet.config["cross_attention_dim"] is None:
+        if self.unet.config.get("cross_attention_dim") is None:
             if has_prompt or prompt_embeds is not None or negative_prompt_embeds is not None:
-                raise ValueError("This model takes no text: `cross_attention_dim` is not set in its config.")
+                raise ValueError("This model takes no text: its config sets no `cross_attention_dim`.")
             return None, None
         if has_prompt == (prompt_embeds is not None):
             raise ValueError("This model is text-conditional: give `prompt` or `prompt_embeds`, one of the two.")

@@ -1,0 +1,645 @@
+"""A training run, from the first step or a checkpoint to the last: optimiser, data order, checkpoints, record.
+
+The training scripts hold what is particular to a task, above all the loss; what is the same for all of them is here:
+
+    run = TrainingRun(args, accelerator, model, samples)
+    for batch in run:
+        with accelerator.accumulate(run.model):
+            run.optimize(loss_of(batch))
+"""
+
+import argparse
+import atexit
+import contextlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.logging import get_logger
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    send_to_device,
+    set_seed,
+)
+from accelerate.utils import load as load_safely
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torchdata.stateful_dataloader import StatefulDataLoader
+from tqdm.auto import tqdm
+
+from .checkpoints import (
+    checkpoint_step,
+    find_checkpoint,
+    flush_folder,
+    list_checkpoints,
+    read_state,
+    remove_checkpoint,
+    remove_leftovers,
+    write_checkpoint,
+)
+from .diffusion_data import DiffusionDataset, RunSampler, StreamingDiffusionDataset
+from .loss_record import LossRecord
+from .plots import save_image_grid, save_loss_curve
+
+logger = get_logger(__name__, log_level="INFO")
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Checks `--output_dir`, then sets up Accelerate, logging, TF32 and the seed.
+
+    Raises:
+        OSError: as in `check_output_dir`.
+    """
+    check_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        # Batches run across the ends of epochs, so accumulation does too.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
+        ),
+    )
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
+        datefmt="%m/%d/%Y %H:%M:%S",
+        level=logging.INFO if accelerator.is_local_main_process else logging.ERROR,
+    )
+    logger.info(accelerator.state, main_process_only=False)
+    datasets.utils.logging.set_verbosity_warning()
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    set_seed(args.seed)
+    return accelerator
+
+
+def check_output_dir(output_dir: str, resume: bool, overwrite: bool) -> None:
+    """Makes sure that a new run will not mix with an older run's files. Changes none of them.
+
+    Args:
+        output_dir: created if it does not exist.
+        resume: the run continues what is there.
+        overwrite: the run replaces what is there, with `remove_earlier_run`.
+
+    Raises:
+        OSError: the folder holds a run and neither `resume` nor `overwrite` is set, or it is not writable.
+    """
+    path = Path(output_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output_dir {output_dir} cannot be created: {error}") from error
+    if not os.access(path, os.W_OK):
+        raise OSError(f"--output_dir {output_dir} is not writable.")
+    earlier = [*list_checkpoints(output_dir), *path.glob("model_index.json"), *path.glob("loss.csv")]
+    if earlier and not resume and not overwrite:
+        raise OSError(
+            f"--output_dir {output_dir} already holds a training run ({earlier[0].name}). Continue it with "
+            "--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or choose another folder."
+        )
+
+
+def remove_earlier_run(output_dir: str) -> None:
+    """Removes the checkpoints and the loss record of an earlier run, when everything else is ready to start."""
+    for checkpoint in list_checkpoints(output_dir):
+        shutil.rmtree(checkpoint)
+    (Path(output_dir) / "loss.csv").unlink(missing_ok=True)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, output_dir: str) -> None:
+    """Saves a pipeline as `save_aside` does."""
+    save_aside(output_dir, pipeline.save_pretrained)
+
+
+def save_aside(output_dir: str, save: Callable[[Path], None]) -> None:
+    """Saves into a folder that may hold older results: each file or folder is replaced when all are complete.
+
+    Args:
+        output_dir: the folder.
+        save: writes the results into the folder that it is given.
+
+    Raises:
+        OSError: they could not be written; the older ones are intact.
+    """
+    partial = Path(output_dir) / ".results.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save(partial)
+        flush_folder(partial)
+    except Exception as error:  # PyTorch and safetensors have their own kinds for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"The results could not be saved in {output_dir}: {error}") from error
+    for new in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
+        old = Path(output_dir) / new.name
+        if old.is_dir():
+            shutil.rmtree(old)
+        os.replace(new, old)
+    partial.rmdir()
+
+
+class TrainingRun:
+    """Everything about a run that does not depend on its task.
+
+    Args:
+        args: with the flags of `training_args`.
+        accelerator: from `start_accelerator`.
+        model: with scaled long skip connections. Parameters that require no gradient are not trained.
+        samples: the training data.
+        save_weights, load_weights: write a model's weights into a checkpoint's folder and read them again. By default
+            the whole model in Diffusers' format, in the folder `unet`.
+
+    Attributes:
+        model: prepared by Accelerate (and compiled with `--compile`): what to train with.
+        global_step: optimiser steps done.
+        max_train_steps: optimiser steps of the whole run.
+        skipped_steps: steps that `--on_nan skip` left out.
+        stopped: a signal has ended the run early, after a checkpoint.
+
+    Raises:
+        OSError: there is no such checkpoint, or it is damaged.
+        ValueError: the checkpoint is of another run (the message names the differences), or newer than
+            `--max_train_steps`.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        model: ModelMixin,
+        samples: DiffusionDataset | StreamingDiffusionDataset,
+        save_weights: Callable[[ModelMixin, Path], None] | None = None,
+        load_weights: Callable[[ModelMixin, Path], None] | None = None,
+    ) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.save_weights = save_weights or _save_model
+        self.load_weights = load_weights or _load_model
+        self.model_class = type(model)
+        self.global_step = 0
+        self.skipped_steps = 0
+        self.stopped = False
+
+        # How long the run is
+        self.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        self.num_samples = len(samples) if isinstance(samples, DiffusionDataset) else None
+        if args.max_train_steps is None:
+            assert self.num_samples is not None
+            self.max_train_steps = math.ceil(args.num_train_epochs * self.num_samples / self.samples_per_step)
+        else:
+            self.max_train_steps = args.max_train_steps
+        checkpoint = self._find_checkpoint(model)
+
+        # Model, optimiser and schedule
+        if args.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if args.compile:
+            model.compile()
+        learning_rate = args.learning_rate * (self.samples_per_step if args.scale_lr else 1)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = _make_optimizer(args, trained, learning_rate, accelerator.device)
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer=optimizer,
+            # Accelerate steps the schedule once per process.
+            num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+            num_training_steps=self.max_train_steps * accelerator.num_processes,
+        )
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            plugin = accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.ema = None
+        if args.use_ema:
+            self.ema = EMAModel(
+                self.model.parameters(),
+                decay=args.ema_max_decay,
+                use_ema_warmup=True,
+                inv_gamma=args.ema_inv_gamma,
+                power=args.ema_power,
+                foreach=True,
+            )
+        accelerator.register_save_state_pre_hook(self._save_hook)
+        accelerator.register_load_state_pre_hook(self._load_hook)
+        set_seed(args.seed, device_specific=True)  # dropout differs between processes
+
+        # Resume
+        if checkpoint is not None:
+            logger.info(f"Resuming from {checkpoint}")
+            accelerator.load_state(str(checkpoint))
+            state = read_state(checkpoint)
+            self.global_step, self.skipped_steps = state["step"], state["skipped_steps"]
+            if self.ema is not None:
+                self.ema.optimization_step = state["ema_step"]
+        self._warm_up_kappa()
+        self.dataloader = self._make_dataloader(samples)
+        if checkpoint is not None and isinstance(self.dataloader, StatefulDataLoader):
+            self.dataloader.load_state_dict(load_safely(self._dataloader_file(checkpoint)))
+
+        # Record
+        self._loss_sum = torch.zeros((), device=accelerator.device)
+        if accelerator.is_main_process:
+            if not args.resume_from_checkpoint:
+                remove_earlier_run(args.output_dir)
+            remove_leftovers(args.output_dir)
+            self.loss_record = LossRecord(Path(args.output_dir) / "loss.csv", last_step=self.global_step)
+        self._stop_signal: int | None = None
+        self._earlier_handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self.progress_bar = tqdm(
+            total=self.max_train_steps,
+            initial=self.global_step,
+            desc="Training",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+        unwrapped = accelerator.unwrap_model(self.model)
+        logger.info("***** Running training *****")
+        logger.info(f"  Samples = {'a stream' if self.num_samples is None else self.num_samples}")
+        logger.info(f"  Parameters = {sum(p.numel() for p in self.model.parameters()):,}")
+        logger.info(f"  Trained parameters = {sum(p.numel() for p in self.trained):,}")
+        logger.info(f"  Long skip connections = {unwrapped.num_skips}")
+        logger.info(f"  Coefficients, shallowest first = {unwrapped.kappas or 'learned'}")
+        logger.info(f"  Batch size per device = {args.train_batch_size}")
+        logger.info(f"  Gradient accumulation steps = {args.gradient_accumulation_steps}")
+        logger.info(f"  Total batch size = {self.samples_per_step}")
+        logger.info(f"  Optimiser steps = {self.max_train_steps}")
+
+    # Data
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The batches that are left, on the device. Ends after the last step, or early at SIGTERM or SIGINT."""
+        batches = iter(self.dataloader)
+        while self.global_step < self.max_train_steps and not self.stopped:
+            batch = next(batches, None)
+            if batch is None:
+                raise OSError("The stream has no rows for this process: use fewer processes, or more shards of data.")
+            yield send_to_device(batch, self.accelerator.device, non_blocking=True)
+
+    def _make_dataloader(self, samples: DiffusionDataset | StreamingDiffusionDataset) -> torch.utils.data.DataLoader:
+        args, accelerator = self.args, self.accelerator
+        options = {
+            "batch_size": args.train_batch_size,
+            "num_workers": args.dataloader_num_workers,
+            "worker_init_fn": _leave_signals_to_the_main_process,
+            "pin_memory": accelerator.device.type == "cuda",
+        }
+        if isinstance(samples, StreamingDiffusionDataset):
+            return StatefulDataLoader(samples, drop_last=True, **options)
+        sampler = RunSampler(
+            len(samples),
+            num_batches=self.max_train_steps * args.gradient_accumulation_steps,
+            batch_size=args.train_batch_size,
+            seed=args.seed,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            first_batch=self.global_step * args.gradient_accumulation_steps,
+        )
+        return torch.utils.data.DataLoader(samples, sampler=sampler, **options)
+
+    # Steps
+
+    def optimize(self, loss: torch.Tensor) -> None:
+        """Backpropagates the loss of a batch; when accumulation is complete, steps, records and checkpoints.
+
+        Call it inside `accelerator.accumulate(run.model)`.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite and `--on_nan` is `stop`. Nothing has been
+                updated then; the message names the last checkpoint.
+            OSError: a checkpoint could not be written.
+        """
+        accelerator = self.accelerator
+        accelerator.backward(loss)
+        self._loss_sum += loss.detach().float() / self.args.gradient_accumulation_steps
+        if not accelerator.sync_gradients:
+            return
+
+        # Loss and stop signal travel together: one synchronisation for each step.
+        signalled = torch.tensor(float(self._stop_signal is not None), device=accelerator.device)
+        step_loss, stop = accelerator.reduce(torch.stack([self._loss_sum, signalled]), "mean").tolist()
+        self._loss_sum.zero_()
+        gradient_norm = accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        finite = math.isfinite(step_loss)
+        if accelerator.scaler is None and gradient_norm is not None:  # fp16's scaler skips overflows by itself
+            finite = finite and math.isfinite(gradient_norm)
+        if not finite:
+            self._on_nan(step_loss, gradient_norm)
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        if finite or accelerator.scaler is not None:
+            self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None and finite:
+            self.ema.step(self.model.parameters())
+        self.global_step += 1
+        self._warm_up_kappa()
+
+        logs = {"loss": step_loss, "lr": learning_rate}
+        if self.ema is not None:
+            logs["ema_decay"] = self.ema.cur_decay_value
+        accelerator.log(logs, step=self.global_step)
+        if accelerator.is_main_process:
+            self.loss_record.append(self.global_step, step_loss, learning_rate)
+        self.progress_bar.update(1)
+        self.progress_bar.set_postfix(loss=f"{step_loss:.4f}", lr=f"{learning_rate:.2e}", refresh=False)
+        self.stopped = stop > 0
+        last = self.global_step == self.max_train_steps
+        if self.global_step % self.args.checkpointing_steps == 0 or self.stopped or last:
+            self.save_checkpoint()
+
+    def _on_nan(self, loss: float, gradient_norm: Any) -> None:
+        what = f"At step {self.global_step + 1} the loss is {loss} and the norm of the gradient {gradient_norm}"
+        if self.args.on_nan == "stop":
+            checkpoints = list_checkpoints(self.args.output_dir)
+            good = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
+            raise FloatingPointError(
+                f"{what}. {good}. Lower the learning rate or the skip constants, or pass --on_nan skip to leave such "
+                "steps out."
+            )
+        self.skipped_steps += 1
+        logger.warning(f"{what}: skipped, the {self.skipped_steps}. time.")
+
+    def _warm_up_kappa(self) -> None:
+        if self.args.kappa_warmup_steps:
+            progress = min(self.global_step / self.args.kappa_warmup_steps, 1.0)
+            self.accelerator.unwrap_model(self.model).warm_up_kappa(progress)
+
+    def epoch_due(self, every: int) -> bool:
+        """Whether the last step completed an epoch whose number is a multiple of `every`, and the run goes on.
+
+        The epochs of a stream, whose length is not known, are not counted.
+        """
+        if not self.accelerator.sync_gradients or self.stopped or self.global_step == self.max_train_steps:
+            return False
+        return self.epoch // every > self._epoch_after(self.global_step - 1) // every
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self._epoch_after(self.global_step)
+
+    def _epoch_after(self, step: int) -> int:
+        return 0 if self.num_samples is None else step * self.samples_per_step // self.num_samples
+
+    # Checkpoints
+
+    def save_checkpoint(self) -> None:
+        """Saves everything that the run needs to go on, then removes the oldest checkpoints beyond the limit."""
+        accelerator, args = self.accelerator, self.args
+        if accelerator.is_main_process:
+            self.loss_record.flush()
+        checkpoint = write_checkpoint(
+            args.output_dir,
+            self.global_step,
+            write=self._write_state,
+            state={
+                "step": self.global_step,
+                "skipped_steps": self.skipped_steps,
+                "ema_step": self.ema.optimization_step if self.ema is not None else None,
+                "run": self._run_description(accelerator.unwrap_model(self.model)),
+            },
+            is_main_process=accelerator.is_main_process,
+            wait_for_everyone=accelerator.wait_for_everyone,
+        )
+        if accelerator.is_main_process and args.checkpoints_total_limit is not None:
+            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                remove_checkpoint(old)
+        logger.info(f"Saved the training state to {checkpoint}")
+
+    def _write_state(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        if isinstance(self.dataloader, StatefulDataLoader):
+            torch.save(self.dataloader.state_dict(), self._dataloader_file(folder))
+
+    def _dataloader_file(self, folder: Path) -> Path:
+        return folder / f"dataloader_{self.accelerator.process_index}.pt"
+
+    def _save_hook(self, models: list[torch.nn.Module], weights: list, folder: str) -> None:
+        weights.clear()  # Accelerate saves what is left in here by itself
+        model = self.whole_model()
+        if self.accelerator.is_main_process:
+            self.save_weights(model, Path(folder))
+        if self.ema is not None:
+            with self.averaged_weights():
+                model = self.whole_model()
+                if self.accelerator.is_main_process:
+                    model.save_pretrained(Path(folder) / "unet_ema")
+
+    def _load_hook(self, models: list[torch.nn.Module], folder: str) -> None:
+        if self.ema is not None:
+            average = self.model_class.from_pretrained(folder, subfolder="unet_ema")
+            options = StateDictOptions(full_state_dict=True)
+            own = self.accelerator.unwrap_model(self.model)
+            set_model_state_dict(own, average.state_dict(), options=options)
+            self.ema.shadow_params = [parameter.detach().clone() for parameter in self.model.parameters()]
+        if models:  # FSDP and DeepSpeed have loaded their own by now
+            models.clear()
+            self.load_weights(self.accelerator.unwrap_model(self.model), Path(folder))
+
+    def _run_description(self, model: ModelMixin) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run; JSON values."""
+        config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+        return json.loads(
+            json.dumps(
+                {
+                    "processes": self.accelerator.num_processes,
+                    "total batch size": self.samples_per_step,
+                    "number of samples": self.num_samples,
+                    "--seed": self.args.seed,
+                    "--use_ema": self.args.use_ema,
+                    "--kappa_warmup_steps": self.args.kappa_warmup_steps,
+                    "model class": self.model_class.__name__,
+                    **{f"model's {key}": value for key, value in config.items()},
+                }
+            )
+        )
+
+    def _find_checkpoint(self, model: ModelMixin) -> Path | None:
+        if not self.args.resume_from_checkpoint:
+            return None
+        found: list[Path | None] = [None]
+        if self.accelerator.is_main_process:  # reading every byte of it once is enough
+            found = [find_checkpoint(self.args.output_dir, self.args.resume_from_checkpoint)]
+        checkpoint = broadcast_object_list(found)[0]
+        if checkpoint is None:
+            logger.info("There is no checkpoint yet: starting from the beginning.")
+            return None
+        then, now = read_state(checkpoint)["run"], self._run_description(model)
+        differences = [
+            f"{key} was {then.get(key)} and is {now.get(key)}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
+        ]
+        if differences:
+            raise ValueError(
+                f"{checkpoint} is of another run: {'; '.join(differences)}. Resume with the arguments of the "
+                "interrupted run, or start a new one in another --output_dir."
+            )
+        if checkpoint_step(checkpoint) > self.max_train_steps:
+            raise ValueError(
+                f"{checkpoint} is newer than the {self.max_train_steps} steps of this run: raise --max_train_steps, "
+                "or resume from an earlier checkpoint."
+            )
+        return checkpoint
+
+    # Results
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model has the moving average of its weights inside, where there is one, and is in evaluation mode."""
+        self.model.eval()
+        if self.ema is not None:
+            self.ema.store(self.model.parameters())
+            self.ema.copy_to(self.model.parameters())
+        try:
+            yield
+        finally:
+            if self.ema is not None:
+                self.ema.restore(self.model.parameters())
+            self.model.train()
+
+    def whole_model(self) -> ModelMixin:
+        """The model out of its wrappers; with FSDP a copy with all the weights, on the main process.
+
+        Every process must call.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            return model
+        weights = self.accelerator.get_state_dict(self.model)
+        whole = self.model_class.from_config(model.config)
+        if self.accelerator.is_main_process:
+            whole.load_state_dict(weights)
+        return whole.eval()
+
+    def save_results(
+        self,
+        pipeline_of: Callable[[ModelMixin], DiffusionPipeline],
+        draw: Callable[[DiffusionPipeline, torch.Generator], np.ndarray],
+        save_images: bool = True,
+        save_model: bool = True,
+        columns: int | None = None,
+    ) -> None:
+        """Draws a sample grid and the loss curve, and saves the pipeline: of the averaged weights, if there are any.
+
+        Args:
+            pipeline_of: makes the pipeline of the trained model.
+            draw: makes the samples with a pipeline and a generator, which starts at `--seed` each time; of the shape
+                that `save_pictures` takes.
+            save_images, save_model: what is wanted of the two.
+            columns: samples in a row of the grid.
+        """
+        with self.averaged_weights():
+            model = self.whole_model()
+            if not self.accelerator.is_main_process:
+                return
+            pipeline = pipeline_of(model)
+            if save_images:
+                pipeline.set_progress_bar_config(desc="Sampling", leave=False)
+                generator = torch.Generator(device=pipeline.device).manual_seed(self.args.seed)
+                self.save_pictures(draw(pipeline, generator), columns)
+            if save_model:
+                save_pipeline(pipeline, self.args.output_dir)
+
+    def save_pictures(self, images: np.ndarray, columns: int | None = None) -> None:
+        """Saves samples as a grid and the loss as a curve: `samples.png`, `samples/step-STEP.png` and `loss.png`.
+
+        Args:
+            images: (number, height, width, channels) in [0, 1]. Only the main process may call.
+            columns: images in a row of the grid.
+        """
+        output_dir = Path(self.args.output_dir)
+        (output_dir / "samples").mkdir(exist_ok=True)
+        save_image_grid(images, output_dir / "samples" / f"step-{self.global_step:07d}.png", columns=columns)
+        save_image_grid(images, output_dir / "samples.png", columns=columns)
+        save_loss_curve(self.loss_record.steps, self.loss_record.losses, output_dir / "loss.png")
+        pixels = (images * 255).round().astype(np.uint8)
+        pixels = pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": pixels}, step=self.global_step, **options)
+
+    def finish(self) -> None:
+        """Closes the record and the trackers, gives the signals back and says how the run ended."""
+        for number, handler in self._earlier_handlers.items():
+            signal.signal(number, handler)
+        self.progress_bar.close()
+        if self.accelerator.is_main_process:
+            self.loss_record.close()
+        if self.skipped_steps:
+            logger.warning(f"{self.skipped_steps} steps were skipped because loss or gradient were not finite.")
+        if self.stopped:
+            logger.info(
+                f"Stopped by a signal after step {self.global_step} of {self.max_train_steps}, with a checkpoint. "
+                "Continue with --resume_from_checkpoint latest."
+            )
+        self.accelerator.end_training()
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._stop_signal is not None:  # a second one is in earnest
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._stop_signal = number
+
+
+def _leave_signals_to_the_main_process(worker_id: int) -> None:
+    # A scheduler signals every process of a job; a worker that died of it would take the last checkpoint along. So the
+    # first signal is ignored, and the second, from the main process at its own end, ends the worker.
+    def ignore_once(number: int, frame: Any) -> None:
+        signal.signal(number, lambda number, frame: os._exit(0))
+
+    for number in _SIGNALS:
+        signal.signal(number, ignore_once)
+
+
+@atexit.register
+def _send_the_first_signal() -> None:
+    for worker in multiprocessing.active_children():
+        worker.terminate()  # multiprocessing sends the second
+
+
+def _make_optimizer(
+    args: argparse.Namespace, parameters: list[torch.nn.Parameter], learning_rate: float, device: torch.device
+) -> torch.optim.Optimizer:
+    options = {
+        "lr": learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=device.type in ("cpu", "cuda"), **options)
+
+
+def _save_model(model: ModelMixin, folder: Path) -> None:
+    model.save_pretrained(folder / "unet")
+
+
+def _load_model(model: ModelMixin, folder: Path) -> None:
+    stored = type(model).from_pretrained(folder, subfolder="unet")
+    model.load_state_dict(stored.state_dict())
