@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := diffusers_scalelong training tests benchmarks
 DEMO := outputs/digits
 
-.PHONY: install demo test test-slow style quality
+.PHONY: install demo test test-slow stress style quality
 
 install: .venv/installed
 
@@ -29,6 +29,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -n logical -m slow
+
+# A training process is killed 100 times at random moments and must come out bit-identical.
+stress: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 ACCELERATE_USE_CPU=true $(BIN)/python tests/stress.py --kills 100
 
 style: install
 	$(BIN)/ruff check --fix $(SOURCES)

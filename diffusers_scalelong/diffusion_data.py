@@ -128,7 +128,7 @@ class RunSampler(Sampler[tuple[int, int]]):
         return (self.num_batches - self.first_batch) * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        permuted_epoch, permutation = -1, np.empty(0)
+        permuted_epoch, permutation = -1, np.arange(0)
         for batch in range(self.first_batch, self.num_batches):
             start = (batch * self.num_processes + self.process_index) * self.batch_size
             for position in range(start, start + self.batch_size):
@@ -166,8 +166,8 @@ class StreamingDiffusionDataset(IterableDataset):
         num_processes: int = 1,
         process_index: int = 0,
     ) -> None:
-        # A buffer of one row shuffles the shards alone. Read one after the other: Datasets 5.2 cannot restore the state
-        # of interleaved shards in a worker.
+        # A buffer of one row shuffles the shards alone. Read one after the other: Datasets 5.2 cannot restore the
+        # state of interleaved shards in a worker.
         shuffled = dataset.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
         self.dataset = datasets.distributed.split_dataset_by_node(shuffled, process_index, num_processes)
         self.transform = transform

@@ -3,6 +3,7 @@
 import argparse
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -49,6 +50,8 @@ def check_base_pipeline(args: argparse.Namespace, pipeline_class: type[Diffusion
     """
     name = args.pretrained_model_name_or_path
     try:
+        if Path(name).is_file():  # Diffusers would take it for the config
+            raise OSError("It is a single file.")
         index = DiffusionPipeline.load_config(name, revision=args.revision, cache_dir=args.cache_dir)
     except OSError as error:
         raise OSError(
@@ -111,15 +114,18 @@ def load_base_pipeline(
     Raises:
         OSError: a file is missing.
     """
-    return pipeline_class.from_pretrained(
+    pipeline = pipeline_class.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
         cache_dir=args.cache_dir,
-        torch_dtype=torch.float32,
         unet=None,
         **components,
     )
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.float()
+    return pipeline
 
 
 def load_scaled_unet(args: argparse.Namespace) -> ScaleLongUNet2DConditionModel:
@@ -134,15 +140,15 @@ def load_scaled_unet(args: argparse.Namespace) -> ScaleLongUNet2DConditionModel:
         "kappa": kappa_argument(args),
         "ls_initial_gate": args.ls_initial_gate,
     }
-    return ScaleLongUNet2DConditionModel.from_pretrained(
+    unet = ScaleLongUNet2DConditionModel.from_pretrained(
         args.pretrained_model_name_or_path,
         subfolder="unet",
         revision=args.revision,
         variant=args.variant,
         cache_dir=args.cache_dir,
-        torch_dtype=torch.float32,
         **{key: value for key, value in scaling.items() if value is not None},
     )
+    return unet.float()
 
 
 def training_scheduler(pipeline: DiffusionPipeline, prediction_type: str | None) -> DDPMScheduler:
@@ -165,7 +171,8 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
 
 def frozen_copy(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
     """A copy to compute with and not to train; the original keeps its precision, for saving."""
-    return copy.deepcopy(module).requires_grad_(False).eval().to(device, dtype)
+    frozen = copy.deepcopy(module).requires_grad_(False).eval()
+    return nn.Module.to(frozen, device, dtype)  # Diffusers' own `to` warns of a dtype even where nothing is lost
 
 
 def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ import argparse
 
 import torch
 
+from .hub import add_hub_arguments, check_hub_args
 from .skip_scaling import SKIP_SCALING_METHODS
 
 
@@ -80,6 +81,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume_from_checkpoint", help="'latest', or a checkpoint's path.")
     group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb or another tracker.")
     group.add_argument("--logging_dir", default="logs", help="Inside --output_dir.")
+    add_hub_arguments(parser)
 
 
 def add_ddpm_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +137,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("The length of a stream is not known: --streaming needs --max_train_steps.")
     if args.streaming and args.max_train_samples is not None:
         raise ValueError("--max_train_samples picks from a whole dataset, which --streaming does not have.")
+    check_hub_args(args)
     if args.use_8bit_adam:
         try:
             import bitsandbytes  # noqa: F401

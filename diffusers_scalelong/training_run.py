@@ -53,11 +53,19 @@ from .checkpoints import (
     write_checkpoint,
 )
 from .diffusion_data import DiffusionDataset, RunSampler, StreamingDiffusionDataset
+from .hub import HubUploader, command_line, redacted_args
 from .loss_record import LossRecord
+from .model_card import save_model_card
 from .plots import save_image_grid, save_loss_curve
 
 logger = get_logger(__name__, log_level="INFO")
 
+# Flags of all scripts that a resumed run must share with the interrupted one to be the same run.
+_RESUMED_WITH = (
+    "seed use_ema kappa_warmup_steps mixed_precision resolution center_crop random_flip image_interpolation_mode "
+    "max_train_samples streaming prediction_type noise_offset snr_gamma class_dropout_prob proportion_empty_prompts "
+    "ddpm_num_steps ddpm_beta_schedule"
+)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -238,7 +246,8 @@ class TrainingRun:
                 use_ema_warmup=True,
                 inv_gamma=args.ema_inv_gamma,
                 power=args.ema_power,
-                foreach=True,
+                # PyTorch has no foreach copy of sharded parameters.
+                foreach=accelerator.distributed_type != DistributedType.FSDP,
             )
         accelerator.register_save_state_pre_hook(self._save_hook)
         accelerator.register_load_state_pre_hook(self._load_hook)
@@ -258,6 +267,11 @@ class TrainingRun:
             self.dataloader.load_state_dict(load_safely(self._dataloader_file(checkpoint)))
 
         # Record
+        self.uploader = None
+        if args.push_to_hub and accelerator.is_main_process:
+            self.uploader = HubUploader(
+                args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo or None
+            )
         self._loss_sum = torch.zeros((), device=accelerator.device)
         if accelerator.is_main_process:
             if not args.resume_from_checkpoint:
@@ -426,6 +440,8 @@ class TrainingRun:
             for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
                 remove_checkpoint(old)
         logger.info(f"Saved the training state to {checkpoint}")
+        if self.uploader is not None:
+            self.uploader.upload_folder(checkpoint, checkpoint.name, f"Training in progress, step {self.global_step}")
 
     def _write_state(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
@@ -466,9 +482,7 @@ class TrainingRun:
                     "processes": self.accelerator.num_processes,
                     "total batch size": self.samples_per_step,
                     "number of samples": self.num_samples,
-                    "--seed": self.args.seed,
-                    "--use_ema": self.args.use_ema,
-                    "--kappa_warmup_steps": self.args.kappa_warmup_steps,
+                    **{f"--{name}": vars(self.args).get(name) for name in _RESUMED_WITH.split()},
                     "model class": self.model_class.__name__,
                     **{f"model's {key}": value for key, value in config.items()},
                 }
@@ -541,7 +555,7 @@ class TrainingRun:
         save_model: bool = True,
         columns: int | None = None,
     ) -> None:
-        """Draws a sample grid and the loss curve, and saves the pipeline: of the averaged weights, if there are any.
+        """Draws a sample grid and saves the pipeline: of the averaged weights, if there are any.
 
         Args:
             pipeline_of: makes the pipeline of the trained model.
@@ -563,7 +577,7 @@ class TrainingRun:
                 save_pipeline(pipeline, self.args.output_dir)
 
     def save_pictures(self, images: np.ndarray, columns: int | None = None) -> None:
-        """Saves samples as a grid and the loss as a curve: `samples.png`, `samples/step-STEP.png` and `loss.png`.
+        """Saves samples as a grid: `samples.png` and `samples/step-STEP.png`.
 
         Args:
             images: (number, height, width, channels) in [0, 1]. Only the main process may call.
@@ -573,7 +587,6 @@ class TrainingRun:
         (output_dir / "samples").mkdir(exist_ok=True)
         save_image_grid(images, output_dir / "samples" / f"step-{self.global_step:07d}.png", columns=columns)
         save_image_grid(images, output_dir / "samples.png", columns=columns)
-        save_loss_curve(self.loss_record.steps, self.loss_record.losses, output_dir / "loss.png")
         pixels = (images * 255).round().astype(np.uint8)
         pixels = pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
         for tracker in self.accelerator.trackers:
@@ -581,21 +594,47 @@ class TrainingRun:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": pixels}, step=self.global_step, **options)
 
-    def finish(self) -> None:
-        """Closes the record and the trackers, gives the signals back and says how the run ended."""
+    def finish(self, task: str, base_model: str | None = None) -> None:
+        """Writes the model card and the loss curve, uploads what is to be, and closes everything.
+
+        Args:
+            task: as in `save_model_card`.
+            base_model: the pretrained model that the training started from.
+        """
         for number, handler in self._earlier_handlers.items():
             signal.signal(number, handler)
         self.progress_bar.close()
-        if self.accelerator.is_main_process:
-            self.loss_record.close()
         if self.skipped_steps:
             logger.warning(f"{self.skipped_steps} steps were skipped because loss or gradient were not finite.")
+        if self.accelerator.is_main_process:
+            self.loss_record.close()
+            if not self.stopped:
+                self._publish(task, base_model)
+            if self.uploader is not None:
+                self.uploader.finish(timeout=30 if self.stopped else None)
         if self.stopped:
             logger.info(
                 f"Stopped by a signal after step {self.global_step} of {self.max_train_steps}, with a checkpoint. "
                 "Continue with --resume_from_checkpoint latest."
             )
         self.accelerator.end_training()
+
+    def _publish(self, task: str, base_model: str | None) -> None:
+        args = self.args
+        save_loss_curve(self.loss_record.steps, self.loss_record.losses, Path(args.output_dir) / "loss.png")
+        save_model_card(
+            args.output_dir,
+            model=self.accelerator.unwrap_model(self.model),
+            task=task,
+            repo_id=self.uploader.repo_id if self.uploader is not None else args.output_dir,
+            base_model=base_model,
+            dataset=args.dataset_name or Path(args.train_data_dir).name,
+            command=command_line(args.hub_token),
+            hyperparameters=redacted_args(args),
+        )
+        if self.uploader is not None:
+            self.uploader.upload_folder(args.output_dir, commit_message="End of training")
+        logger.info(f"The results are in {args.output_dir}")
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._stop_signal is not None:  # a second one is in earnest

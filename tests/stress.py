@@ -153,7 +153,7 @@ def main() -> None:
     shutil.rmtree(folder)
     print(f"{kills} kills in {runs} runs of {STEPS} steps: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
     print(
-        "Weights, moving averages, optimiser states and losses of every run are bit-identical to the undisturbed run's."
+        "Every run's weights, moving average, optimiser state and losses are bit-identical to the undisturbed run's."
     )
 
 

@@ -318,12 +318,12 @@ def test_diffusers_alone_loads_what_comes_with_its_code(site, server, tmp_path):
         ("unet", "unet", f'AutoModel.from_pretrained("alice/unet-with-code", {trusted})'),
         ("condition", "condition", f'AutoModel.from_pretrained("alice/condition-with-code", {trusted})'),
         ("uvit", "uvit", f'AutoModel.from_pretrained("alice/uvit-with-code", {trusted})'),
-        ("digits", "digits", f'DiffusionPipeline.from_pretrained("alice/digits-with-code", {trusted})'),
         (
             "classes",
             "classes",
             f'DiffusionPipeline.from_pretrained("alice/classes-with-code", custom_pipeline="pipeline", {trusted})',
         ),
+        ("digits", "digits", f'DiffusionPipeline.from_pretrained("alice/digits-with-code", {trusted})'),
     ]
     refused = [
         ("not trusted", "unet", 'AutoModel.from_pretrained("alice/unet-with-code")'),

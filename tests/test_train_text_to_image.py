@@ -136,6 +136,38 @@ def test_a_trained_pipeline_is_fine_tuned_without_a_jolt(base, tmp_path):
         assert jolt > 1.02 * unscaled
 
 
+def test_a_half_precision_variant_is_trained_in_float32(base, tmp_path):
+    StableDiffusionPipeline.from_pretrained(base / "sd").to(torch.float16).save_pretrained(
+        tmp_path / "half", variant="fp16"
+    )
+    start(
+        *(SCRIPT, *flags(base), "--pretrained_model_name_or_path", tmp_path / "half", "--variant", "fp16"),
+        *("--skip_scaling", "ls", "--max_train_steps", 1, "--output_dir", tmp_path / "run"),
+    )
+    for part in ("unet", "vae", "text_encoder"):
+        half = load_file(next((tmp_path / "half" / part).glob("*.fp16.safetensors")))
+        assert {weight.dtype for weight in half.values()} == {torch.float16}
+        saved = weights(tmp_path / "run" / part)
+        assert {weight.dtype for weight in saved.values()} == {torch.float32}
+        if part != "unet":
+            assert_same_weights(saved, {key: weight.float() for key, weight in half.items()})
+
+
+def test_a_unet_is_trained_from_scratch_on_a_stream(base, tmp_path):
+    start(
+        *(SCRIPT, *flags(base), "--model_config_name_or_path", base / "sd" / "unet", "--streaming"),
+        *("--skip_scaling", "uniform", "--max_train_steps", 3, "--output_dir", tmp_path / "run"),
+    )
+    assert len(losses(tmp_path / "run")) == 3
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert type(pipeline.unet) is ScaleLongUNet2DConditionModel
+    assert pipeline.unet.config.skip_scaling == "uniform"
+    trained, pretrained = weights(tmp_path / "run" / "unet"), weights(base / "sd" / "unet")
+    assert trained.keys() == pretrained.keys()
+    # Three steps of 1e-4 do not lead from the pretrained weights to these.
+    assert (trained["conv_in.weight"] - pretrained["conv_in.weight"]).abs().mean() > 0.01
+
+
 def write_uvit(path, **training):
     config = TINY_UVIT | {"in_channels": 4, "cross_attention_dim": 16, "num_context_tokens": NUM_TOKENS - 2}
     path.write_text(json.dumps(config | {"training": {"resolution": 16, "proportion_empty_prompts": 0.1, **training}}))
@@ -151,7 +183,7 @@ def test_a_uvit_is_trained_on_latents_from_scratch(base, tmp_path):
     )
     curve = losses(out)
     assert len(curve) == 60
-    assert mean(curve[-10:]) < 0.6 * mean(curve[:5])
+    assert mean(curve[-10:]) < 0.8 * mean(curve[:5])
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert type(pipeline) is ScaleLongPipeline
     assert type(pipeline.unet) is ScaleLongUViT2DModel
@@ -252,7 +284,7 @@ def test_latents_are_drawn_from_the_posterior_and_scaled():
     [
         (["--pretrained_model_name_or_path", "nowhere/nothing"], OSError, "nowhere/nothing is no pipeline"),
         (["--pretrained_model_name_or_path", "{base}/data"], OSError, r"data is no pipeline.*model_index\.json"),
-        (["--pretrained_model_name_or_path", "{base}/sd/model_index.json"], OSError, "is no pipeline"),
+        (["--pretrained_model_name_or_path", "{base}/sd/model_index.json"], OSError, "is no pipeline.*a single file"),
         (["--pretrained_model_name_or_path", "{tmp}/ddpm"], ValueError, "is a DDPMPipeline.*StableDiffusionPipeline"),
         (["--validation_prompts", "a red wall", " "], ValueError, "prompt is empty"),
         (["--proportion_empty_prompts", "1.5"], ValueError, "--proportion_empty_prompts must be a probability"),

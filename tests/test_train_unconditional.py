@@ -78,7 +78,7 @@ def test_a_uvit_trains_on_parquet_and_its_pipeline_loads(tmp_path, tiny):
     out = tmp_path / "run"
     launch(
         *(SCRIPT, *tiny, "--model_config_name_or_path", config, "--dataset_name", data.parent, "--output_dir", out),
-        *("--max_train_steps", 60, "--learning_rate", 2e-3, "--lr_scheduler", "constant", "--skip_scaling", "ls"),
+        *("--max_train_steps", 90, "--learning_rate", 2e-3, "--lr_scheduler", "constant", "--skip_scaling", "ls"),
     )
     curve = losses(out)
     assert mean(curve[-10:]) < 0.6 * mean(curve[:5])

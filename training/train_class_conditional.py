@@ -155,7 +155,7 @@ def main(args: argparse.Namespace, model_config: dict | None) -> None:
 
     if not run.stopped:
         run.save_results(make_pipeline, draw, columns=args.num_samples_per_class)
-    run.finish()
+    run.finish("class-conditional")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def main(args: argparse.Namespace, model_config: dict | None) -> None:
 
     if not run.stopped:
         run.save_results(make_pipeline, draw, save_images=bool(prompts), columns=args.num_validation_images)
-    run.finish()
+    run.finish("text-to-image", base_model=args.pretrained_model_name_or_path)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import DistributedType
 from diffusers import DiffusionPipeline, ModelMixin, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig
@@ -29,6 +29,7 @@ from diffusers_scalelong.text_to_image import (
     check_text_model,
     draw_validation_images,
     encode_batch,
+    frozen_copy,
     load_base_pipeline,
     load_captioned_samples,
     load_scaled_unet,
@@ -97,26 +98,22 @@ def load_lora(unet: ScaleLongUNet2DConditionModel, folder: Path) -> None:
         unet.load_skip_scaling(folder)
 
 
-def check_lora(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    if args.use_ema:
-        raise ValueError("--use_ema averages whole models: leave it out with LoRA.")
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("LoRA trains too little to be worth sharding: launch with DDP in place of FSDP.")
-
-
 def main(args: argparse.Namespace) -> None:
     check_args(args)
+    if args.use_ema:
+        raise ValueError("--use_ema averages whole models: leave it out with LoRA.")
     prompts = [] if args.validation_prompt is None else [args.validation_prompt]
     check_prompts(prompts)
     check_base_pipeline(args, StableDiffusionPipeline)
     accelerator = start_accelerator(args)
-    check_lora(args, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("LoRA trains too little to be worth sharding: launch with DDP in place of FSDP.")
 
     # The UNet, the noise schedule, the frozen parts and the data
     dtype = weight_dtype(accelerator)
     unet = load_scaled_unet(args)
     base = load_base_pipeline(args, StableDiffusionPipeline, safety_checker=None, requires_safety_checker=False)
-    base.to(accelerator.device, dtype)
+    vae, text_encoder = (frozen_copy(part, accelerator.device, dtype) for part in (base.vae, base.text_encoder))
     check_text_model(unet, base)
     add_lora(unet, args.rank, dtype)
     noise_scheduler = training_scheduler(base, args.prediction_type)
@@ -124,7 +121,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Results
     def make_pipeline(unet: ModelMixin) -> DiffusionPipeline:
-        return StableDiffusionPipeline(**base.components | {"unet": unet}, requires_safety_checker=False)
+        components = base.components | {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+        return StableDiffusionPipeline(**components, requires_safety_checker=False)
 
     def draw(pipeline: DiffusionPipeline, generator: torch.Generator) -> np.ndarray:
         return draw_validation_images(
@@ -138,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.init_trackers(Path(__file__).stem)
     run = TrainingRun(args, accelerator, unet, samples, save_weights=save_lora, load_weights=load_lora)
     for batch in run:
-        latents, text = encode_batch(base.vae, base.text_encoder, batch)
+        latents, text = encode_batch(vae, text_encoder, batch)
         noisy_latents = noise_scheduler.add_noise(latents, batch["noise"], batch["timestep"])
         with accelerator.accumulate(run.model):
             prediction = run.model(noisy_latents, batch["timestep"], encoder_hidden_states=text).sample
@@ -153,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
         run.save_results(make_pipeline, draw, save_images=bool(prompts), save_model=False)
         if accelerator.is_main_process:
             save_aside(args.output_dir, lambda folder: save_lora(run.whole_model(), folder))
-    run.finish()
+    run.finish("text-to-image", base_model=args.pretrained_model_name_or_path)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
 
     if not run.stopped:
         run.save_results(make_pipeline, draw, save_images=args.validation_prompt is not None)
-    run.finish()
+    run.finish("text-to-image", base_model=args.pretrained_model_name_or_path)
 
 
 if __name__ == "__main__":

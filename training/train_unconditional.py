@@ -101,7 +101,7 @@ def main(args: argparse.Namespace, model_config: dict | None) -> None:
 
     if not run.stopped:
         run.save_results(make_pipeline, draw)
-    run.finish()
+    run.finish("unconditional")
 
 
 if __name__ == "__main__":
