@@ -280,13 +280,13 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _is_on_hub(name: str | None) -> bool:
     """Whether it can be the name of a model or a dataset on the Hub; the card links to it then."""
-    if name is None or "/" not in name or Path(name).exists():
+    if name is None or "/" not in name:
         return False
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return True
+    return not Path(name).exists()
 
 
 def _quoted(text: str) -> str:

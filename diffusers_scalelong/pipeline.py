@@ -1,8 +1,10 @@
 """Sampling with classifier-free guidance from a class-conditional UNet, or a class- or text-conditional U-ViT."""
 
 import inspect
+import os
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +69,22 @@ class ScaleLongPipeline(DiffusionPipeline):
             raise TypeError(f"`unet` is a {type(unet).__name__}: sample from it with StableDiffusionPipeline.")
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor()
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, include_code: bool = False, **kwargs: Any
+    ) -> None:
+        """As in Diffusers. `include_code=True` adds the code: Diffusers alone loads it then (docs/hub.md)."""
+        from .remote_code import including_code
+
+        with including_code(self) if include_code else nullcontext():
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args: Any, include_code: bool = False, **kwargs: Any) -> str:
+        """As in Diffusers. `include_code=True` adds the code: Diffusers alone loads it then (docs/hub.md)."""
+        from .remote_code import including_code
+
+        with including_code(self) if include_code else nullcontext():
+            return super().push_to_hub(repo_id, *args, **kwargs)
 
     @torch.no_grad()
     def __call__(

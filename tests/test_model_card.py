@@ -34,6 +34,7 @@ HOSTILE = [
     "<script>alert(1)</script> &amp; [link](http://x) ![i](y)",
     "colon: value # no comment",
     "1. list",
+    "a/" + "very-long-" * 50,
     "- list\n---\nkey: [1, {2}]\n\n# Title",
     "{{ jinja }} {% raw %} ${shell}",
     "日本語 κ 🤗 \\ back\\slash",

@@ -155,7 +155,7 @@ def test_a_half_precision_variant_is_trained_in_float32(base, tmp_path):
 
 def test_a_unet_is_trained_from_scratch_on_a_stream(base, tmp_path):
     start(
-        *(SCRIPT, *flags(base), "--model_config_name_or_path", base / "sd" / "unet", "--streaming"),
+        *(SCRIPT, *flags(base), "--model_config_name_or_path", base / "sd" / "unet", "--streaming", "--seed", 1),
         *("--skip_scaling", "uniform", "--max_train_steps", 3, "--output_dir", tmp_path / "run"),
     )
     assert len(losses(tmp_path / "run")) == 3

@@ -40,7 +40,9 @@ def finished(monkeypatch):
     """The runs that ended in this process."""
     runs = []
     finish = TrainingRun.finish
-    monkeypatch.setattr(TrainingRun, "finish", lambda run: (runs.append(run), finish(run)))
+    monkeypatch.setattr(
+        TrainingRun, "finish", lambda run, *args, **kwargs: (runs.append(run), finish(run, *args, **kwargs))
+    )
     return runs
 
 

@@ -92,7 +92,6 @@ def main(args: argparse.Namespace, model_config: dict | None) -> None:
     vae, text_encoder = (
         frozen_copy(part, accelerator.device, weight_dtype(accelerator)) for part in (base.vae, base.text_encoder)
     )
-
     samples = load_captioned_samples(
         *(args, accelerator, base, noise_scheduler.config.num_train_timesteps),
         num_tokens=model.config.get("num_context_tokens"),  # of a U-ViT
