@@ -64,7 +64,7 @@ logger = get_logger(__name__, log_level="INFO")
 _RESUMED_WITH = (
     "seed use_ema kappa_warmup_steps mixed_precision resolution center_crop random_flip image_interpolation_mode "
     "max_train_samples streaming prediction_type noise_offset snr_gamma class_dropout_prob proportion_empty_prompts "
-    "ddpm_num_steps ddpm_beta_schedule"
+    "ddpm_num_steps ddpm_beta_schedule pretrained_model_name_or_path revision rank"
 )
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

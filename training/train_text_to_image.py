@@ -131,7 +131,7 @@ def main(args: argparse.Namespace, model_config: dict | None) -> None:
 
     if not run.stopped:
         run.save_results(make_pipeline, draw, save_images=bool(prompts), columns=args.num_validation_images)
-    run.finish("text-to-image", base_model=args.pretrained_model_name_or_path)
+    run.finish("text-to-image", base_model=args.pretrained_model_name_or_path if model_config is None else None)
 
 
 if __name__ == "__main__":
