@@ -56,14 +56,15 @@ def write_model_config(preset: str, path: Path, divide_width: int) -> int:
     return config["sample_size"]
 
 
-def images_per_second(command: list[str], output_dir: Path, batch_size: int, warm_up: int) -> float:
+def images_per_second(command: list[str], output_dir: Path, batch_size: int, warm_up: int, steps: int) -> float:
     """Runs a training script and reads its speed from the times at which it logged its steps."""
     process = subprocess.run([*command, "--output_dir", str(output_dir)], capture_output=True, text=True)
     if process.returncode:
         sys.exit(f"error: {' '.join(command)} failed:\n{process.stderr[-2000:]}")
     (log,) = output_dir.glob("logs/*/events.*")
     events = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload().Scalars("loss")
-    return (len(events) - warm_up) * batch_size / (events[-1].wall_time - events[warm_up - 1].wall_time)
+    assert len(events) == steps, f"{command[1]} logged {len(events)} steps in place of {steps}."
+    return (steps - warm_up) * batch_size / (events[-1].wall_time - events[warm_up - 1].wall_time)
 
 
 def main() -> None:
@@ -96,12 +97,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         resolution = write_model_config(args.model_config_name_or_path, folder / "model.json", args.divide_width)
-        num_images = (args.warm_up + args.steps) * args.train_batch_size
-        write_images(args.dataset_name, folder / "images", num_images)
+        all_steps = args.warm_up + args.steps
+        write_images(args.dataset_name, folder / "images", all_steps * args.train_batch_size)
         flags = [
             *("--dataset_name", folder / "images", "--model_config_name_or_path", folder / "model.json"),
             *("--resolution", resolution, "--train_batch_size", args.train_batch_size, "--random_flip", "--use_ema"),
-            *("--num_epochs", 1, "--eval_batch_size", 1, "--ddpm_num_inference_steps", 1, "--cache_dir", folder),
+            *("--num_epochs", 1, "--eval_batch_size", 1, "--ddpm_num_inference_steps", 1),
+            *("--cache_dir", folder / "cache", "--checkpointing_steps", 10**9),
         ]
         where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
         print(
@@ -115,9 +117,8 @@ def main() -> None:
                 for name in random.sample(list(scripts), len(scripts)):
                     command = [sys.executable, *scripts[name], *flags, "--dataloader_num_workers", workers]
                     output_dir = folder / f"{name}-{workers}-{number}"
-                    speed = images_per_second(
-                        [str(part) for part in command], output_dir, args.train_batch_size, args.warm_up
-                    )
+                    command = [str(part) for part in command]
+                    speed = images_per_second(command, output_dir, args.train_batch_size, args.warm_up, all_steps)
                     speeds[name].append(speed)
             for name, own in speeds.items():
                 line = f"  {name:13}  {statistics.median(own):7.1f} images/s ({min(own):.1f} to {max(own):.1f})"

@@ -1,17 +1,20 @@
 """FID, Inception Score, precision and recall of generated images, over the features of a chosen network."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
+from tqdm.auto import tqdm
 
 INCEPTION_SCORE_SPLITS = 10
 
@@ -156,6 +159,47 @@ def load_feature_extractor(
     return TransformersFeatures(name_or_path, cache_dir)
 
 
+class _Inputs(Dataset):
+    """Images as inputs of a feature extractor."""
+
+    def __init__(self, images: Dataset, preprocess: Callable[[np.ndarray], torch.Tensor]) -> None:
+        self.images = images
+        self.preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.preprocess(self.images[index])
+
+
+def extract_features(
+    extractor: InceptionFeatures | TransformersFeatures,
+    images: Dataset,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int = 0,
+    desc: str = "Features",
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The features of all images, batch by batch, in order for any number of processes. Every process must call.
+
+    Args:
+        extractor: on the accelerator's device.
+        images: of known length; gives RGB images, uint8 (height, width, 3).
+        accelerator: splits the batches over the processes; each of them gets the features of all.
+        batch_size: of one process.
+        num_workers: processes that load images.
+        desc: of the progress bar.
+    """
+    loader = accelerator.prepare(
+        DataLoader(_Inputs(images, extractor.preprocess), batch_size=batch_size, num_workers=num_workers)
+    )
+    for inputs in tqdm(loader, desc=desc, unit="batch", disable=not accelerator.is_main_process):
+        outputs = [output for output in extractor(inputs) if output is not None]
+        features, *logits = accelerator.gather_for_metrics(outputs)
+        yield features, logits[0] if logits else None
+
+
 class ImageMetrics:
     """Compares generated with real images, both given as features, batch by batch.
 
@@ -169,6 +213,7 @@ class ImageMetrics:
     """
 
     def __init__(self, num_features: int, num_neighbours: int = 3) -> None:
+        self.num_features = num_features
         self.num_neighbours = num_neighbours
         # The metrics get features, and leave them as they are. One process computes: nothing to synchronise.
         identity = torch.nn.Identity()
@@ -200,33 +245,45 @@ class ImageMetrics:
             self._inception_score.update(logits.cpu().double())
             self._has_logits = True
 
-    def compute(self, seed: int = 0) -> dict[str, float | None]:
+    def compute(self, seed: int = 0) -> dict[str, float]:
         """The scores of all batches so far.
 
         Args:
             seed: of the images' order, in which the Inception Score splits them.
 
         Returns:
-            `"fid"`, `"inception_score"` and `"inception_score_std"` (mean and standard deviation over the splits,
-            `None` without logits), `"precision"` and `"recall"`.
+            `"fid"`, `"precision"`, `"recall"` and, where there were logits, `"inception_score"` and
+            `"inception_score_std"`, mean and standard deviation over the splits.
 
         Raises:
             ValueError: fewer than `num_neighbours + 1` real or generated images.
         """
         real, generated = (np.concatenate(self._features[kind] or [np.empty((0, 1))]) for kind in (True, False))
         precision, recall = precision_recall(real, generated, self.num_neighbours)
-        mean = std = None
+        scores = {"fid": float(self._fid.compute()), "precision": precision, "recall": recall}
         if self._has_logits:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                mean, std = (float(value) for value in self._inception_score.compute())
-        return {
-            "fid": float(self._fid.compute()),
-            "inception_score": mean,
-            "inception_score_std": std,
-            "precision": precision,
-            "recall": recall,
-        }
+                mean, std = self._inception_score.compute()
+            scores |= {"inception_score": float(mean), "inception_score_std": float(std)}
+        return scores
+
+    def notes(self) -> list[str]:
+        """What to know of the scores: sentences about those that are unreliable or not available."""
+        notes = []
+        for real, kind in ((False, "generated"), (True, "real")):
+            number = sum(map(len, self._features[real]))
+            if number <= self.num_features:
+                notes.append(
+                    f"FID is unreliable: {number} {kind} images are too few for features of {self.num_features} "
+                    "dimensions, whose covariance matrix is then singular. Take several times as many."
+                )
+        if not self._has_logits:
+            notes.append(
+                "Inception Score is not available: it needs class probabilities, and the feature extractor has no "
+                "classification head."
+            )
+        return notes
 
 
 def precision_recall(real: np.ndarray, generated: np.ndarray, num_neighbours: int = 3) -> tuple[float, float]:

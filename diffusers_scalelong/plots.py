@@ -40,7 +40,14 @@ def save_image_grid(
 
 
 def save_loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | Path) -> None:
-    """Saves the training loss over optimiser steps as a PNG, each value and an exponential moving average."""
+    """Saves the training loss over optimiser steps as a PNG, each value and an exponential moving average.
+
+    Losses that are not finite, of skipped steps, are left out. Without any loss there is no picture.
+    """
+    finite = [(step, loss) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+    if not finite:
+        return
+    steps, losses = zip(*finite, strict=True)
     span = max(len(losses) / 50, 1)
     average, averages = losses[0], []
     for loss in losses:

@@ -236,6 +236,7 @@ class TrainingRun:
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             plugin = accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+            plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.ema = None
@@ -261,7 +262,7 @@ class TrainingRun:
             self.global_step, self.skipped_steps = state["step"], state["skipped_steps"]
             if self.ema is not None:
                 self.ema.optimization_step = state["ema_step"]
-        self._warm_up_kappa()
+        self._warm_up_kappa(accelerator.unwrap_model(self.model))
         self.dataloader = self._make_dataloader(samples)
         if checkpoint is not None and isinstance(self.dataloader, StatefulDataLoader):
             self.dataloader.load_state_dict(load_safely(self._dataloader_file(checkpoint)))
@@ -367,7 +368,7 @@ class TrainingRun:
         if self.ema is not None and finite:
             self.ema.step(self.model.parameters())
         self.global_step += 1
-        self._warm_up_kappa()
+        self._warm_up_kappa(accelerator.unwrap_model(self.model))
 
         logs = {"loss": step_loss, "lr": learning_rate}
         if self.ema is not None:
@@ -394,10 +395,9 @@ class TrainingRun:
         self.skipped_steps += 1
         logger.warning(f"{what}: skipped, the {self.skipped_steps}. time.")
 
-    def _warm_up_kappa(self) -> None:
+    def _warm_up_kappa(self, model: ModelMixin) -> None:
         if self.args.kappa_warmup_steps:
-            progress = min(self.global_step / self.args.kappa_warmup_steps, 1.0)
-            self.accelerator.unwrap_model(self.model).warm_up_kappa(progress)
+            model.warm_up_kappa(min(self.global_step / self.args.kappa_warmup_steps, 1.0))
 
     def epoch_due(self, every: int) -> bool:
         """Whether the last step completed an epoch whose number is a multiple of `every`, and the run goes on.
@@ -467,8 +467,10 @@ class TrainingRun:
             average = self.model_class.from_pretrained(folder, subfolder="unet_ema")
             options = StateDictOptions(full_state_dict=True)
             own = self.accelerator.unwrap_model(self.model)
+            self.ema.store(self.model.parameters())
             set_model_state_dict(own, average.state_dict(), options=options)
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self.model.parameters()]
+            self.ema.restore(self.model.parameters())
         if models:  # FSDP and DeepSpeed have loaded their own by now
             models.clear()
             self.load_weights(self.accelerator.unwrap_model(self.model), Path(folder))
@@ -542,9 +544,11 @@ class TrainingRun:
         if self.accelerator.distributed_type != DistributedType.FSDP:
             return model
         weights = self.accelerator.get_state_dict(self.model)
-        whole = self.model_class.from_config(model.config)
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn in vain, and must not move the run's draws
+            whole = self.model_class.from_config(model.config)
         if self.accelerator.is_main_process:
             whole.load_state_dict(weights)
+        self._warm_up_kappa(whole)
         return whole.eval()
 
     def save_results(
@@ -568,7 +572,7 @@ class TrainingRun:
             model = self.whole_model()
             if not self.accelerator.is_main_process:
                 return
-            pipeline = pipeline_of(model)
+            pipeline = pipeline_of(model.to(self.accelerator.device))
             if save_images:
                 pipeline.set_progress_bar_config(desc="Sampling", leave=False)
                 generator = torch.Generator(device=pipeline.device).manual_seed(self.args.seed)

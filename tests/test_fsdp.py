@@ -1,15 +1,13 @@
 """FSDP2 on two CPU processes: sharded models compute what whole ones do, and a sharded run is the run of DDP.
 
-Accelerate turns FSDP on for accelerators alone, so on a CPU the run is told by hand (`start_fsdp`) what Accelerate tells
-it on GPUs; the settings are those of `fsdp2.yaml`, and all that follows is Accelerate's FSDP and ours. The tests start
-this file under torchrun.
+Accelerate turns FSDP on for accelerators alone. So on a CPU `start_fsdp` sets by hand the two attributes that it sets
+itself on GPUs; the settings are those of `fsdp2.yaml`, and all that follows is Accelerate's FSDP and ours. The tests
+start this file under torchrun.
 """
 
 import argparse
-import copy
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,12 +55,10 @@ def test_sharded_models_compute_what_whole_ones_do():
 
 
 def check_models() -> None:
-    torch.distributed.init_process_group("gloo")
     for cls, config in MODELS:
         config = {key: value for key, value in config.items() if key != "_class_name"}
         for scaling in ({"skip_scaling": "cs", "kappa": 0.6}, {"skip_scaling": "ls"}):
             check_model(lambda cls=cls, config=config, scaling=scaling: seeded(cls, config, **scaling))
-    torch.distributed.destroy_process_group()
 
 
 def check_model(make: Callable[[], torch.nn.Module]) -> None:
@@ -98,7 +94,7 @@ def check_model(make: Callable[[], torch.nn.Module]) -> None:
             average.step(each.parameters())
         average.store(each.parameters())
         average.copy_to(each.parameters())
-        averaged = get_model_state_dict(each, options=FULL)
+        averaged = {name: value.clone() for name, value in get_model_state_dict(each, options=FULL).items()}
         average.restore(each.parameters())
         if each is model:
             sharded_average = averaged
@@ -111,7 +107,7 @@ def check_model(make: Callable[[], torch.nn.Module]) -> None:
 
     # The gathered weights load into a sharded and a whole model, and come back exactly
     other = shard(make())
-    set_model_state_dict(other, trained, options=FULL)
+    set_model_state_dict(other, dict(trained), options=FULL)
     again = get_model_state_dict(other, options=FULL)
     assert [name for name in trained if not torch.equal(trained[name], again[name])] == []
     whole.load_state_dict(trained)
@@ -150,8 +146,15 @@ def test_a_sharded_run_is_the_run_of_ddp_and_resumes(tmp_path):
         ddp, fsdp, resumed, half = (tmp_path / f"{scaling}-{name}" for name in ("ddp", "fsdp", "resumed", "bf16"))
         torch.testing.assert_close(losses(fsdp), losses(ddp), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(losses(half), losses(ddp)[:2], rtol=2e-2, atol=1e-2)
+        assert losses(half) != losses(ddp)[:2]
         assert losses(resumed) == losses(fsdp)
-        for name in ("checkpoint-2/unet", "checkpoint-2/unet_ema", "checkpoint-4/unet", "checkpoint-4/unet_ema", "unet"):
+        for name in (
+            "checkpoint-2/unet",
+            "checkpoint-2/unet_ema",
+            "checkpoint-4/unet",
+            "checkpoint-4/unet_ema",
+            "unet",
+        ):
             expected, actual, again = (weights(run / name) for run in (ddp, fsdp, resumed))
             assert expected.keys() == actual.keys()
             for key, value in expected.items():
@@ -168,20 +171,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def check_runs(folder: Path) -> None:
-    for scaling in (["ls"], ["cs", "--kappa_warmup_steps", "3"]):
+    for scaling in (["ls"], ["cs", "--kappa_warmup_steps", 3]):
         flags = ["--model_config_name_or_path", folder / "tiny.json", "--dataset_name", "digits", "--seed", 0]
         flags += ["--train_batch_size", 8, "--ddpm_num_inference_steps", 1, "--eval_batch_size", 1, "--use_ema"]
         flags += ["--cache_dir", folder / "cache", "--lr_warmup_steps", 2, "--skip_scaling", *scaling]
         flags += ["--lr_scheduler", "constant_with_warmup", "--checkpointing_steps", 2]
-
-        def train(name: str, *more: object, start: Callable[[argparse.Namespace], Accelerator] = start_fsdp) -> None:
-            train_unconditional(start, *flags, "--output_dir", folder / f"{scaling[0]}-{name}", *more)  # noqa: B023
-
-        train("ddp", "--max_train_steps", 4, start=start_ddp)
-        train("fsdp", "--max_train_steps", 4)
-        train("bf16", "--max_train_steps", 2, "--mixed_precision", "bf16")
-        train("resumed", "--max_train_steps", 2)
-        train("resumed", "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+        for name, start, *more in (
+            ("ddp", start_ddp, "--max_train_steps", 4),
+            ("fsdp", start_fsdp, "--max_train_steps", 4),
+            ("bf16", start_fsdp, "--max_train_steps", 2, "--mixed_precision", "bf16"),
+            ("resumed", start_fsdp, "--max_train_steps", 2),
+            ("resumed", start_fsdp, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"),
+        ):
+            train_unconditional(start, *flags, "--output_dir", folder / f"{scaling[0]}-{name}", *more)
 
 
 def start_ddp(args: argparse.Namespace) -> Accelerator:
@@ -198,11 +200,14 @@ def start_fsdp(args: argparse.Namespace) -> Accelerator:
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
-    accelerator.state.distributed_type = DistributedType.FSDP
+    for state in (accelerator.state, PartialState()):
+        state.distributed_type = DistributedType.FSDP
     assert accelerator.is_fsdp2
     return accelerator
 
 
+# One process group for all runs: its processes do not leave a run at the same moment, so they could not meet again.
+@patch.object(PartialState, "destroy_process_group", lambda state, group=None: None)
 def train_unconditional(start: Callable[[argparse.Namespace], Accelerator], *flags: object) -> None:
     script = load_script("train_unconditional.py")
     script.start_accelerator = start
@@ -213,7 +218,9 @@ def train_unconditional(start: Callable[[argparse.Namespace], Accelerator], *fla
 
 
 if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
     if sys.argv[1] == "models":
         check_models()
     else:
         check_runs(Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()

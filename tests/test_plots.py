@@ -33,3 +33,11 @@ def test_a_loss_curve_shows_the_loss(tmp_path):
     assert (falling != flat).any()
     save_loss_curve([1], [0.5], tmp_path / "one.png")
     assert Image.open(tmp_path / "one.png").size[0] > 100
+
+
+def test_steps_without_a_finite_loss_leave_no_trace(tmp_path):
+    save_loss_curve([1, 2, 4], [0.5, 0.4, 0.3], tmp_path / "without.png")
+    save_loss_curve([1, 2, 3, 4], [0.5, 0.4, float("nan"), 0.3], tmp_path / "with.png")
+    assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
+    save_loss_curve([1], [float("inf")], tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
