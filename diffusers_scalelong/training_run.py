@@ -9,31 +9,18 @@ The training scripts hold what is particular to a task, above all the loss; what
 """
 
 import argparse
-import atexit
 import contextlib
 import json
-import logging
 import math
-import multiprocessing
-import os
-import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-    broadcast_object_list,
-    send_to_device,
-    set_seed,
-)
+from accelerate.utils import broadcast_object_list, send_to_device, set_seed
 from accelerate.utils import load as load_safely
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.optimization import get_scheduler
@@ -45,7 +32,6 @@ from tqdm.auto import tqdm
 from .checkpoints import (
     checkpoint_step,
     find_checkpoint,
-    flush_folder,
     list_checkpoints,
     read_state,
     remove_checkpoint,
@@ -56,7 +42,10 @@ from .diffusion_data import DiffusionDataset, RunSampler, StreamingDiffusionData
 from .hub import HubUploader, command_line, redacted_args
 from .loss_record import LossRecord
 from .model_card import save_model_card
-from .plots import save_image_grid, save_loss_curve
+from .plots import save_loss_curve
+from .stop_signals import StopSignals, leave_signals_to_the_main_process
+from .training_results import save_pipeline, save_samples
+from .training_setup import make_optimizer, remove_earlier_run
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -66,102 +55,6 @@ _RESUMED_WITH = (
     "max_train_samples streaming prediction_type noise_offset snr_gamma class_dropout_prob proportion_empty_prompts "
     "ddpm_num_steps ddpm_beta_schedule pretrained_model_name_or_path revision rank"
 )
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def start_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Checks `--output_dir`, then sets up Accelerate, logging, TF32 and the seed.
-
-    Raises:
-        OSError: as in `check_output_dir`.
-    """
-    check_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        # Batches run across the ends of epochs, so accumulation does too.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
-        ),
-    )
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
-        datefmt="%m/%d/%Y %H:%M:%S",
-        level=logging.INFO if accelerator.is_local_main_process else logging.ERROR,
-    )
-    logger.info(accelerator.state, main_process_only=False)
-    datasets.utils.logging.set_verbosity_warning()
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    set_seed(args.seed)
-    return accelerator
-
-
-def check_output_dir(output_dir: str, resume: bool, overwrite: bool) -> None:
-    """Makes sure that a new run will not mix with an older run's files. Changes none of them.
-
-    Args:
-        output_dir: created if it does not exist.
-        resume: the run continues what is there.
-        overwrite: the run replaces what is there, with `remove_earlier_run`.
-
-    Raises:
-        OSError: the folder holds a run and neither `resume` nor `overwrite` is set, or it is not writable.
-    """
-    path = Path(output_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--output_dir {output_dir} cannot be created: {error}") from error
-    if not os.access(path, os.W_OK):
-        raise OSError(f"--output_dir {output_dir} is not writable.")
-    earlier = [*list_checkpoints(output_dir), *path.glob("model_index.json"), *path.glob("loss.csv")]
-    if earlier and not resume and not overwrite:
-        raise OSError(
-            f"--output_dir {output_dir} already holds a training run ({earlier[0].name}). Continue it with "
-            "--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or choose another folder."
-        )
-
-
-def remove_earlier_run(output_dir: str) -> None:
-    """Removes the checkpoints and the loss record of an earlier run, when everything else is ready to start."""
-    for checkpoint in list_checkpoints(output_dir):
-        shutil.rmtree(checkpoint)
-    (Path(output_dir) / "loss.csv").unlink(missing_ok=True)
-
-
-def save_pipeline(pipeline: DiffusionPipeline, output_dir: str) -> None:
-    """Saves a pipeline as `save_aside` does."""
-    save_aside(output_dir, pipeline.save_pretrained)
-
-
-def save_aside(output_dir: str, save: Callable[[Path], None]) -> None:
-    """Saves into a folder that may hold older results: each file or folder is replaced when all are complete.
-
-    Args:
-        output_dir: the folder.
-        save: writes the results into the folder that it is given.
-
-    Raises:
-        OSError: they could not be written; the older ones are intact.
-    """
-    partial = Path(output_dir) / ".results.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save(partial)
-        flush_folder(partial)
-    except Exception as error:  # PyTorch and safetensors have their own kinds for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"The results could not be saved in {output_dir}: {error}") from error
-    for new in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
-        old = Path(output_dir) / new.name
-        if old.is_dir():
-            shutil.rmtree(old)
-        os.replace(new, old)
-    partial.rmdir()
 
 
 class TrainingRun:
@@ -225,7 +118,7 @@ class TrainingRun:
             model.compile()
         learning_rate = args.learning_rate * (self.samples_per_step if args.scale_lr else 1)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = _make_optimizer(args, trained, learning_rate, accelerator.device)
+        optimizer = make_optimizer(args, trained, learning_rate, accelerator.device)
         lr_scheduler = get_scheduler(
             args.lr_scheduler,
             optimizer=optimizer,
@@ -279,8 +172,7 @@ class TrainingRun:
                 remove_earlier_run(args.output_dir)
             remove_leftovers(args.output_dir)
             self.loss_record = LossRecord(Path(args.output_dir) / "loss.csv", last_step=self.global_step)
-        self._stop_signal: int | None = None
-        self._earlier_handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._stop_signals = StopSignals()
         self.progress_bar = tqdm(
             total=self.max_train_steps,
             initial=self.global_step,
@@ -316,7 +208,7 @@ class TrainingRun:
         options = {
             "batch_size": args.train_batch_size,
             "num_workers": args.dataloader_num_workers,
-            "worker_init_fn": _leave_signals_to_the_main_process,
+            "worker_init_fn": leave_signals_to_the_main_process,
             "pin_memory": accelerator.device.type == "cuda",
         }
         if isinstance(samples, StreamingDiffusionDataset):
@@ -351,7 +243,7 @@ class TrainingRun:
             return
 
         # Loss and stop signal travel together: one synchronisation for each step.
-        signalled = torch.tensor(float(self._stop_signal is not None), device=accelerator.device)
+        signalled = torch.tensor(float(self._stop_signals.received), device=accelerator.device)
         step_loss, stop = accelerator.reduce(torch.stack([self._loss_sum, signalled]), "mean").tolist()
         self._loss_sum.zero_()
         gradient_norm = accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
@@ -564,7 +456,7 @@ class TrainingRun:
         Args:
             pipeline_of: makes the pipeline of the trained model.
             draw: makes the samples with a pipeline and a generator, which starts at `--seed` each time; of the shape
-                that `save_pictures` takes.
+                that `save_samples` takes.
             save_images, save_model: what is wanted of the two.
             columns: samples in a row of the grid.
         """
@@ -576,27 +468,11 @@ class TrainingRun:
             if save_images:
                 pipeline.set_progress_bar_config(desc="Sampling", leave=False)
                 generator = torch.Generator(device=pipeline.device).manual_seed(self.args.seed)
-                self.save_pictures(draw(pipeline, generator), columns)
+                save_samples(
+                    draw(pipeline, generator), self.args.output_dir, self.global_step, columns, self.accelerator
+                )
             if save_model:
                 save_pipeline(pipeline, self.args.output_dir)
-
-    def save_pictures(self, images: np.ndarray, columns: int | None = None) -> None:
-        """Saves samples as a grid: `samples.png` and `samples/step-STEP.png`.
-
-        Args:
-            images: (number, height, width, channels) in [0, 1]. Only the main process may call.
-            columns: images in a row of the grid.
-        """
-        output_dir = Path(self.args.output_dir)
-        (output_dir / "samples").mkdir(exist_ok=True)
-        save_image_grid(images, output_dir / "samples" / f"step-{self.global_step:07d}.png", columns=columns)
-        save_image_grid(images, output_dir / "samples.png", columns=columns)
-        pixels = (images * 255).round().astype(np.uint8)
-        pixels = pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": pixels}, step=self.global_step, **options)
 
     def finish(self, task: str, base_model: str | None = None) -> None:
         """Writes the model card and the loss curve, uploads what is to be, and closes everything.
@@ -605,8 +481,7 @@ class TrainingRun:
             task: as in `save_model_card`.
             base_model: the pretrained model that the training started from.
         """
-        for number, handler in self._earlier_handlers.items():
-            signal.signal(number, handler)
+        self._stop_signals.release()
         self.progress_bar.close()
         if self.skipped_steps:
             logger.warning(f"{self.skipped_steps} steps were skipped because loss or gradient were not finite.")
@@ -639,44 +514,6 @@ class TrainingRun:
         if self.uploader is not None:
             self.uploader.upload_folder(args.output_dir, commit_message="End of training")
         logger.info(f"The results are in {args.output_dir}")
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._stop_signal is not None:  # a second one is in earnest
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._stop_signal = number
-
-
-def _leave_signals_to_the_main_process(worker_id: int) -> None:
-    # A scheduler signals every process of a job; a worker that died of it would take the last checkpoint along. So the
-    # first signal is ignored, and the second, from the main process at its own end, ends the worker.
-    def ignore_once(number: int, frame: Any) -> None:
-        signal.signal(number, lambda number, frame: os._exit(0))
-
-    for number in _SIGNALS:
-        signal.signal(number, ignore_once)
-
-
-@atexit.register
-def _send_the_first_signal() -> None:
-    for worker in multiprocessing.active_children():
-        worker.terminate()  # multiprocessing sends the second
-
-
-def _make_optimizer(
-    args: argparse.Namespace, parameters: list[torch.nn.Parameter], learning_rate: float, device: torch.device
-) -> torch.optim.Optimizer:
-    options = {
-        "lr": learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=device.type in ("cpu", "cuda"), **options)
 
 
 def _save_model(model: ModelMixin, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The launchers' settings in `training/accelerate_configs/`, read by Accelerate itself; what a CPU can run is run."""
 
 import json
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -63,7 +64,13 @@ def test_the_launcher_takes_them(name):
         KINDS[name] == DistributedType.FSDP,
         KINDS[name] == DistributedType.DEEPSPEED,
     )
-    assert args.mixed_precision == ("no" if name == "cpu" else "bf16")
+    # It ignores keys whose flags have a default: whatever the file says must have arrived.
+    stored = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    nested = {key: value for values in stored.values() if isinstance(values, dict) for key, value in values.items()}
+    plain = {key: value for key, value in stored.items() if not isinstance(value, dict)}
+    del plain["compute_environment"], plain["distributed_type"]
+    expected = {**plain, **nested, "dynamo_backend": "no"}
+    assert {key: getattr(args, key) for key in expected} == expected
     # The command line wins, as the comments in the files say.
     assert launch_arguments(name, "--mixed_precision", "no", "--num_processes", "4").num_processes == 4
 
@@ -80,7 +87,7 @@ def test_environments_of_the_processes():
     node = launch_arguments("multi_node", "--machine_rank", "1", "--main_process_ip", "10.0.0.1")
     prepare_multi_gpu_env(node)
     assert (node.nnodes, node.nproc_per_node, node.node_rank) == ("2", "8", 1)
-    assert (node.master_addr, node.master_port) == ("10.0.0.1", "29500")
+    assert node.rdzv_endpoint == "10.0.0.1:29500"
 
     deepspeed = prepare_deepspeed_cmd_env(launch_arguments("deepspeed_zero2"))[1]
     assert deepspeed["ACCELERATE_USE_DEEPSPEED"] == "true"
@@ -121,15 +128,8 @@ def test_fsdp_gathers_by_the_units_that_the_file_names(monkeypatch, cls, config,
 
 
 def test_a_run_with_the_cpu_file(tmp_path: Path) -> None:
-    config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(TINY_UNET))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml")]
-    command += [str(ROOT / "training" / "train_unconditional.py"), "--model_config_name_or_path", str(config)]
-    command += ["--dataset_name", "digits", "--cache_dir", str(tmp_path / "cache"), "--skip_scaling", "cs"]
-    command += ["--max_train_steps", "3", "--ddpm_num_inference_steps", "1", "--eval_batch_size", "1"]
-    command += ["--output_dir", str(tmp_path / "run")]
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "ACCELERATE_USE_CPU"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(training_command(tmp_path, "cpu"), capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     assert len(losses(tmp_path / "run")) == 3
     assert "Mixed precision type: no" in result.stderr
@@ -137,7 +137,29 @@ def test_a_run_with_the_cpu_file(tmp_path: Path) -> None:
     assert DiffusionPipeline.from_pretrained(tmp_path / "run").unet.config.skip_scaling == "cs"
 
 
-def test_the_files_are_plain_yaml():
-    assert all(
-        yaml.safe_load(path.read_text())["compute_environment"] == "LOCAL_MACHINE" for path in CONFIGS.iterdir()
-    )
+def test_two_machines_on_two_cpus(tmp_path: Path) -> None:
+    """Two launchers, as on two machines; with ACCELERATE_USE_CPU the processes that they start take no GPU."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launchers = []
+    for rank in range(2):
+        machine = ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+        command = training_command(tmp_path, "multi_node", "--num_processes", "2", "--mixed_precision", "no", *machine)
+        launchers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT))
+    errors = [launcher.communicate()[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    assert "Distributed environment: DistributedType.MULTI_CPU" in errors[0]
+    assert "Num processes: 2" in errors[0]
+    assert len(losses(tmp_path / "run")) == 3
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    assert len(list(checkpoint.glob("random_states_*.pkl"))) == 2
+
+
+def training_command(folder: Path, name: str, *flags: str) -> list[str]:
+    config = folder / "tiny.json"
+    config.write_text(json.dumps(TINY_UNET))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    command += [*flags, str(ROOT / "training" / "train_unconditional.py"), "--model_config_name_or_path", str(config)]
+    command += ["--dataset_name", "digits", "--cache_dir", str(folder / "cache"), "--skip_scaling", "cs"]
+    command += ["--max_train_steps", "3", "--ddpm_num_inference_steps", "1", "--eval_batch_size", "1"]
+    return [*command, "--output_dir", str(folder / "run")]

@@ -7,7 +7,7 @@ import scripts
 from images import write_images
 from scripts import ROOT, TINY_UNET
 
-from diffusers_scalelong.training_run import check_output_dir, remove_earlier_run
+from diffusers_scalelong.training_setup import check_output_dir, remove_earlier_run
 
 
 @pytest.fixture

@@ -84,8 +84,8 @@ def covered(points, manifold, k):
 def metrics_of(real, generated, logits=None, batch_size=7):
     metrics = ImageMetrics(num_features=real.shape[1])
     for is_real, features in ((True, real), (False, generated)):
-        for start in range(0, len(features), batch_size):
-            batch = slice(start, start + batch_size)
+        for first in range(0, len(features), batch_size):
+            batch = slice(first, first + batch_size)
             batch_logits = None if logits is None else logits[batch]
             metrics.update(torch.as_tensor(features[batch]), batch_logits, is_real)
     return metrics.compute()

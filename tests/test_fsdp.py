@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from unets import config_of, inputs_of, seeded
 
 from diffusers_scalelong import ScaleLongUNet2DConditionModel, ScaleLongUNet2DModel, ScaleLongUViT2DModel
-from diffusers_scalelong.training_run import start_accelerator
+from diffusers_scalelong.training_setup import start_accelerator
 
 MODELS = [
     (ScaleLongUNet2DModel, config_of(UNet2DModel, "AttnUpBlock2D")),

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 from scripts import ENVIRONMENT, ROOT, TINY_UNET, TORCHRUN, load_script, start
 from torch.nn import functional as F
 
 from diffusers_scalelong.diffusion_data import DiffusionDataset, RunSampler
 from diffusers_scalelong.presets import model_from_config
-from diffusers_scalelong.training_run import TrainingRun, start_accelerator
+from diffusers_scalelong.training_run import TrainingRun
+from diffusers_scalelong.training_setup import start_accelerator
 
 NUM_SAMPLES, BATCH_SIZE = 16, 4  # 4 steps an epoch
 # What is wrong with one sample, which is in the second step of the first epoch and once in the second epoch
@@ -52,6 +54,10 @@ def transform(row: dict[str, Any], random: np.random.Generator) -> dict[str, tor
     if row["bad"] == KINDS[0]:
         image[0, 3, 3] = math.nan
     return {"input": image, "steep": torch.tensor(row["bad"] == KINDS[1])}
+
+
+def draw(pipeline: DDPMPipeline, generator: torch.Generator) -> np.ndarray:
+    return pipeline(generator=generator, num_inference_steps=1, output_type="np").images
 
 
 class Trained:
@@ -88,6 +94,7 @@ class Trained:
                 finally:
                     self.snapshots.append(self.weights())
         if self.error is None:
+            self.run.save_results(lambda unet: DDPMPipeline(unet, DDPMScheduler()), draw)
             self.run.finish("unconditional")
         reset()
 
@@ -140,6 +147,8 @@ def test_skip_leaves_the_steps_out_and_counts_them(tmp_path, bad):
     assert trained.changed() == [step for step in range(1, 9) if step not in BAD_STEPS]
     assert trained.run.skipped_steps == 2
     assert torch.isfinite(trained.snapshots[-1]).all()
+    saved = DDPMPipeline.from_pretrained(tmp_path / "straight").unet
+    assert all(torch.isfinite(parameter).all() for parameter in saved.parameters())
     assert skipped(tmp_path / "straight" / "checkpoint-3") == 1
     assert skipped(tmp_path / "straight" / "checkpoint-8") == 2
 

@@ -31,7 +31,7 @@ from diffusers_scalelong.image_metrics import ImageMetrics, extract_features, lo
 from diffusers_scalelong.image_samples import ImageSampler, write_whole
 from diffusers_scalelong.plots import save_image_grid
 from diffusers_scalelong.training_args import new_parser
-from diffusers_scalelong.training_run import check_output_dir
+from diffusers_scalelong.training_setup import check_output_dir
 
 NUM_NEIGHBOURS = 3  # of precision and recall, as in their paper
 GRID_IMAGES = 16

@@ -30,7 +30,8 @@ from diffusers_scalelong.training_args import (
     kappa_argument,
     new_parser,
 )
-from diffusers_scalelong.training_run import TrainingRun, start_accelerator
+from diffusers_scalelong.training_run import TrainingRun
+from diffusers_scalelong.training_setup import start_accelerator
 
 logger = get_logger(__name__, log_level="INFO")
 

@@ -43,7 +43,8 @@ from diffusers_scalelong.training_args import (
     kappa_argument,
     new_parser,
 )
-from diffusers_scalelong.training_run import TrainingRun, start_accelerator
+from diffusers_scalelong.training_run import TrainingRun
+from diffusers_scalelong.training_setup import start_accelerator
 
 VALIDATION_STEPS = 20  # as in Diffusers' example
 

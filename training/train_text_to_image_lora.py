@@ -44,7 +44,9 @@ from diffusers_scalelong.training_args import (
     check_args,
     new_parser,
 )
-from diffusers_scalelong.training_run import TrainingRun, save_aside, start_accelerator
+from diffusers_scalelong.training_results import save_aside
+from diffusers_scalelong.training_run import TrainingRun
+from diffusers_scalelong.training_setup import start_accelerator
 
 VALIDATION_STEPS = 30  # as in Diffusers' example
 

@@ -41,7 +41,8 @@ from diffusers_scalelong.training_args import (
     check_args,
     new_parser,
 )
-from diffusers_scalelong.training_run import TrainingRun, start_accelerator
+from diffusers_scalelong.training_run import TrainingRun
+from diffusers_scalelong.training_setup import start_accelerator
 
 
 def build_parser() -> argparse.ArgumentParser:
