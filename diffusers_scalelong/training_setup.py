@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 
@@ -22,6 +22,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
 
     Raises:
         OSError: as in `check_output_dir`.
+        ValueError: `--on_nan skip` with DeepSpeed.
     """
     check_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
     accelerator = Accelerator(
@@ -35,6 +36,8 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
         ),
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and args.on_nan == "skip":
+        raise ValueError("--on_nan skip is not possible with DeepSpeed, which steps before the loss can be looked at.")
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",

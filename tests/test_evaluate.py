@@ -30,7 +30,7 @@ from diffusers import (
 from huggingface_hub import ModelCard
 from images import truncate, write_images
 from PIL import Image
-from scripts import ENVIRONMENT, ROOT, TINY_UNET, TINY_UVIT, launch, start
+from scripts import ENVIRONMENT, ROOT, TINY_UNET, TINY_UVIT, launch, load_script, start
 from text_pipelines import write_stable_diffusion
 
 from diffusers_scalelong import (
@@ -612,6 +612,25 @@ def test_bad_input_is_refused_before_anything_is_sampled(tmp_path, pipeline_dir,
     with pytest.raises(error, match=message):
         evaluate(*flags(pipeline_dir, vit, tmp_path / "run", *more))
     assert not (tmp_path / "run" / "images").exists()
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGB")])
+def test_real_images_are_made_like_the_generated_ones(channels, mode):
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(16, 20, 3), dtype=np.uint8))
+    dataset = Dataset.from_dict({"photo": [image], "text": ["red"]})
+    real_images = load_script("evaluate.py").RealImages(dataset, "photo", 8, channels)
+    expected = image.convert(mode).resize((10, 8), Image.Resampling.BILINEAR).crop((1, 0, 9, 8)).convert("RGB")
+    assert len(real_images) == 1
+    assert (real_images[0] == np.asarray(expected)).all()
+
+
+def test_the_pipelines_own_number_of_steps_is_at_most_that_of_the_training(tmp_path, vit):
+    unet = ScaleLongUNet2DModel.from_config(TINY_UNET, skip_scaling="cs")
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=3)).save_pretrained(tmp_path / "pipeline")
+    settings = [str(flag) for flag in flags(tmp_path / "pipeline", vit, tmp_path / "run", "--num_images", 4)]
+    index = settings.index("--num_inference_steps")
+    evaluate(*settings[:index], *settings[index + 2 :])
+    assert report(tmp_path / "run")["sampling"]["num_inference_steps"] == 3
 
 
 def test_unfit_pipelines_and_captions_are_refused(tmp_path, vit, stable_diffusion):
