@@ -65,6 +65,13 @@ def rows(run: Path) -> int:
     return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
 
 
+def count_files(folder: Path) -> int:
+    try:
+        return sum(path.is_file() for path in folder.rglob("*"))
+    except FileNotFoundError:  # complete, and renamed meanwhile
+        return 0
+
+
 def kill_at_random(child: int, run: Path, chance: random.Random) -> str:
     """Waits for the drawn moment and kills; returns what happened."""
     at_write = chance.random() < 0.5
@@ -78,7 +85,7 @@ def kill_at_random(child: int, run: Path, chance: random.Random) -> str:
             step = rows(run) + ahead
         if at_write:
             for partial in run.glob(".checkpoint-*.partial"):
-                if sum(path.is_file() for path in partial.rglob("*")) >= files:
+                if count_files(partial) >= files:
                     os.kill(child, signal.SIGKILL)
                     os.waitpid(child, 0)
                     return "killed in a write" if partial.exists() else "killed after a write"
