@@ -3,13 +3,14 @@
     python benchmarks/training_loop.py --official PATH
 
 PATH is `examples/unconditional_image_generation/train_unconditional.py` in a checkout of
-https://github.com/huggingface/diffusers, which needs the package torchvision. Both scripts run as they are, as
-processes of their own, one after the other in random order: the same model (`--skip_scaling none`, so that it is the
-same), images, batch size, workers, optimiser and moving average of the weights. Further rows say what the scaling costs
-and what `--channels_last` and `--compile` give.
+https://github.com/huggingface/diffusers, which needs the package torchvision. Both scripts run unchanged, as processes
+of their own, one after the other in random order, with the same model (`--skip_scaling none`, so that it is the same),
+images, batch size, workers, optimiser and moving average of the weights. `--variants` adds rows for what the scaling
+costs and what `--channels_last` and `--compile` give.
 
-Both scripts log the loss of every step to TensorBoard. The wall times in those files, from the step after the warm-up to
-the last one, give the images per second: data, step, average and logging, without start, checkpoints and samples.
+Both scripts log the loss of every step to TensorBoard. The times in those files, from the last step of the warm-up to
+the last step, give the images per second: data, training step, moving average and logging, without start, checkpoints
+and samples.
 """
 
 import argparse
@@ -105,7 +106,9 @@ def main() -> None:
             *("--num_epochs", 1, "--eval_batch_size", 1, "--ddpm_num_inference_steps", 1),
             *("--cache_dir", folder / "cache", "--checkpointing_steps", 10**9),
         ]
-        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        where = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
         print(
             f"{where}, torch {torch.__version__}; {resolution}×{resolution}, batch {args.train_batch_size}, "
             f"{args.steps} steps; median of {args.rounds} runs (slowest to fastest):"

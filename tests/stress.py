@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -129,6 +130,8 @@ def main() -> None:
     args = parser.parse_args()
     chance = random.Random(args.seed)
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads
+    tqdm.monitor_interval = 0  # nor a thread's lock
+    tqdm.set_lock(threading.RLock())  # nor share one, which it would hold when it is killed
     folder = Path(tempfile.mkdtemp(prefix="stress-"))
     (folder / "tiny.json").write_text(json.dumps(TINY_UNET))
 
