@@ -28,7 +28,7 @@ def condition(row, random):
 
 def make(noise_shape=(4,), num_samples=200, seed=0, **options):
     transform = DiffusionTransform(number, "image", noise_shape, **options)
-    return DiffusionDataset([{"image": index} for index in range(num_samples)], transform, seed)
+    return DiffusionDataset(datasets.Dataset.from_dict({"image": list(range(num_samples))}), transform, seed)
 
 
 def draws(dataset, epoch=0):
