@@ -24,7 +24,7 @@ from .image_data import drop_unreadable_images, load_images
 
 logger = get_logger(__name__)
 
-# On resumption Datasets warns that the rows of its shuffle buffer are lost; ours holds one row, and that has been used.
+# On resumption Datasets warns that the rows of its shuffle buffer are lost; ours holds one row, which has been used.
 logging.getLogger("datasets.iterable_dataset").addFilter(lambda record: "shuffle buffer" not in record.getMessage())
 
 # Turns a row of the dataset into tensors, drawing what is random from the generator.

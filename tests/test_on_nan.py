@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -72,7 +73,8 @@ class Trained:
                 *map(str, flags),
             ]
         )
-        rows = [{"bad": bad if index == BAD_SAMPLE else None} for index in range(NUM_SAMPLES)]
+        bad_column = [bad if index == BAD_SAMPLE else None for index in range(NUM_SAMPLES)]
+        rows = datasets.Dataset.from_dict({"bad": bad_column})
         accelerator = start_accelerator(args)
         model = model_from_config(TINY_UNET, skip_scaling="ls")
         self.run = TrainingRun(args, accelerator, model, DiffusionDataset(rows, transform))
