@@ -49,9 +49,9 @@ def save_loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | P
         return
     steps, losses = zip(*finite, strict=True)
     span = max(len(losses) / 50, 1)
-    average, averages = losses[0], []
-    for loss in losses:
-        average += (loss - average) / span
+    average, averages = 0.0, []
+    for number, loss in enumerate(losses, start=1):
+        average += (loss - average) / min(number, span)
         averages.append(average)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
