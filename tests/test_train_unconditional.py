@@ -10,7 +10,7 @@ from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline
 from images import truncate, write_images
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import TINY_UNET, TINY_UVIT, launch, losses
+from scripts import TINY_UNET, TINY_UVIT, launch, losses, start
 
 from diffusers_scalelong import ScaleLongUViT2DModel
 from diffusers_scalelong.image_data import load_images
@@ -67,6 +67,20 @@ def test_digits_are_learnt_and_the_results_are_all_there(tmp_path, tiny):
     current, average = weights(checkpoint / "unet"), weights(checkpoint / "unet_ema")
     assert not torch.equal(current["conv_in.weight"], average["conv_in.weight"])
     assert AutoModel.from_pretrained(str(checkpoint), subfolder="unet").config.kappa == 0.6
+
+    # What would not be the same run is refused, and the run is left as it was.
+    resume = [*tiny, "--dataset_name", "digits", "--use_ema", "--output_dir", out, "--resume_from_checkpoint", "latest"]
+    same = ["--skip_scaling", "cs", "--kappa", 0.6, "--max_train_steps", 90]
+    for changed, message in (
+        (["--skip_scaling", "uniform"], "model's skip_scaling was cs and is uniform"),
+        (["--kappa", 0.7], "model's kappa was 0.6 and is 0.7"),
+        (["--train_batch_size", 8], "total batch size was 32 and is 8"),
+        (["--seed", 1], "--seed was 0 and is 1"),
+        (["--max_train_steps", 79], "newer than the 79 steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start(SCRIPT, *resume, *same, *changed)
+    assert losses(out) == curve
 
 
 def test_a_uvit_trains_on_parquet_and_its_pipeline_loads(tmp_path, tiny):
