@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from .hub import redact
 from .models.skip_scaling_mixin import SkipScalingMixin
 from .remote_code import MODEL_CODE, PIPELINE_CODE
-from .skip_scaling import LearnableSkipScaling
+from .skip_scaling import ConstantSkipScaling, LearnableSkipScaling
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -144,9 +144,10 @@ def _usage(
     }[task]
 
     if (folder / LORA_FILE).is_file():
-        method = model.config["skip_scaling"]
-        setting = {"none": [], "uniform": ["kappa"], "cs": ["kappa"]}.get(method, ["ls_reduction"])
-        scaling = "".join(f", {key}={model.config[key]!r}" for key in ["skip_scaling", *setting])
+        method = "uniform" if _is_warming_up(model) else model.config["skip_scaling"]  # as the file beside the weights
+        scaling = f", skip_scaling={_quoted(method)}"
+        if isinstance(model.skip_scaler, LearnableSkipScaling):
+            scaling += f", ls_reduction={model.config['ls_reduction']}"
         lines = [
             "from diffusers import DiffusionPipeline",
             f"from diffusers_scalelong import {class_name}",
@@ -202,6 +203,12 @@ def _is_scaled(model: SkipScalingMixin) -> bool:
     return model.kappas != (1.0,) * model.num_skips
 
 
+def _is_warming_up(model: SkipScalingMixin) -> bool:
+    """Whether the constants in force are not yet the config's; the model is then saved as a `uniform` schedule."""
+    scaler = model.skip_scaler
+    return isinstance(scaler, ConstantSkipScaling) and scaler.coefficients != scaler.targets
+
+
 def _summary(model: SkipScalingMixin, task: str, base_model: str | None, is_lora: bool) -> str:
     what = "LoRA weights" if is_lora else f"A `{type(model).__name__}`"
     purpose = f"{task} generation" if task == "text-to-image" else f"{task} image generation"
@@ -219,17 +226,22 @@ def _warning(model: SkipScalingMixin, is_lora: bool) -> str:
     if plain_class is None or not _is_scaled(model):
         return ""
     what = (
-        f"These LoRA weights also load on a plain `{plain_class.__name__}`"
+        f"These LoRA weights also load on a plain `{plain_class.__name__}`, which"
         if is_lora
-        else f"A plain `{plain_class.__name__}.from_pretrained` of this repository works too"
+        else f"A plain `{plain_class.__name__}.from_pretrained` of this repository works too, but"
     )
-    return f"{what}, but **computes something else**: it leaves out the scaling. Load it as shown above."
+    return f"{what} **computes something else**: it leaves out the scaling. Load it as shown above."
 
 
 def _method(model: SkipScalingMixin) -> str:
     method, kappa = model.config["skip_scaling"], model.config["kappa"]
     if method == "none":
         return "They are not scaled."
+    if _is_warming_up(model):
+        return (
+            "Method `uniform`: one constant per skip. Training ended during the κ warm-up, on the way from 1 to "
+            f"`{method}` with κ = {kappa}."
+        )
     if method == "cs":
         return f"Method `cs`: κ_i = κ^(i−1), with κ = {kappa}."
     if method == "uniform":

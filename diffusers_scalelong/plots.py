@@ -55,7 +55,8 @@ def save_loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | P
         averages.append(average)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
-    axes.plot(steps, averages, color="tab:blue", label=f"moving average over {span:.0f} steps")
+    if span >= 2:
+        axes.plot(steps, averages, color="tab:blue", label=f"moving average over {span:.0f} steps")
     axes.set(xlabel="optimiser step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -43,6 +43,8 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         datefmt="%m/%d/%Y %H:%M:%S",
         level=logging.INFO if accelerator.is_local_main_process else logging.ERROR,
     )
+    for client in ("httpx", "httpx2"):  # of the Hub: a line for each request
+        logging.getLogger(client).setLevel(logging.WARNING)
     logger.info(accelerator.state, main_process_only=False)
     datasets.utils.logging.set_verbosity_warning()
     if args.allow_tf32:

@@ -218,7 +218,7 @@ for name, snippet in torch.load(f"{folder}/snippets.pt").items():
     model = namespace["model"] if "model" in namespace else namespace["pipeline"].unet
     weights = {key.replace(".default_0.", "."): value.clone() for key, value in model.state_dict().items()}
     image = os.path.exists("sample.png") and os.remove("sample.png") is None
-    made[name] = type(model).__name__, type(model).__module__, weights, image
+    made[name] = type(model).__name__, type(model).__module__, weights, model.kappas, image
 torch.save(made, f"{folder}/made.pt")
 """
 
@@ -239,12 +239,15 @@ def test_the_snippets_run(server: HubServer, tmp_path):  # noqa: F811
     base.register_modules(unet=models["text"])
     base.save_pretrained(tmp_path / "text")
     torch.manual_seed(2)  # other gates than those that a new model draws
-    lora = ScaleLongUNet2DConditionModel.from_unet(base.unet, skip_scaling="ls")
-    models["lora"] = lora
-    lora.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(lora))
-    base.save_lora_weights(tmp_path / "lora", unet_lora_layers=weights)
-    lora.save_skip_scaling(tmp_path / "lora")
+    models["lora"] = ScaleLongUNet2DConditionModel.from_unet(base.unet, skip_scaling="ls")
+    models["lora-in-warm-up"] = ScaleLongUNet2DConditionModel.from_unet(base.unet, skip_scaling="cs")
+    models["lora-in-warm-up"].warm_up_kappa(0.5)
+    for name in ("lora", "lora-in-warm-up"):
+        lora = models[name]
+        lora.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(lora))
+        base.save_lora_weights(tmp_path / name, unet_lora_layers=weights)
+        lora.save_skip_scaling(tmp_path / name)
 
     cards = {
         "base": None,
@@ -253,6 +256,7 @@ def test_the_snippets_run(server: HubServer, tmp_path):  # noqa: F811
         "classes": {"task": "class-conditional"},
         "text": {"task": "text-to-image", "example_prompt": 'a "red" wall'},
         "lora": {"task": "text-to-image", "base_model": "alice/base"},
+        "lora-in-warm-up": {"task": "text-to-image", "base_model": "alice/base"},
     }
     for name, card in cards.items():
         if card is not None:
@@ -280,12 +284,13 @@ def test_the_snippets_run(server: HubServer, tmp_path):  # noqa: F811
         assert result.returncode == 0, result.stderr[-4000:]
         made = torch.load(tmp_path / "made.pt")
         assert made.keys() == plan.keys()
-        for name, (class_name, module, state, image) in made.items():
+        for name, (class_name, module, state, kappas, image) in made.items():
             assert class_name == type(models[name]).__name__
             assert module.startswith("diffusers_scalelong." if mode == "with the package" else "diffusers_modules.")
             expected = {key.replace(".default.", "."): value for key, value in models[name].state_dict().items()}
             assert state.keys() == expected.keys()
             assert all(torch.equal(state[key], expected[key]) for key in expected), name
+            assert kappas == models[name].kappas
             assert image == (name != "model")
 
 
