@@ -70,14 +70,8 @@ def test_digits_are_learnt_and_the_results_are_all_there(tmp_path, tiny):
 
     # What would not be the same run is refused, and the run is left as it was.
     resume = [
-        *tiny,
-        "--dataset_name",
-        "digits",
-        "--use_ema",
-        "--output_dir",
-        out,
-        "--resume_from_checkpoint",
-        "latest",
+        *(*tiny, "--dataset_name", "digits", "--use_ema", "--output_dir", out),
+        *("--resume_from_checkpoint", "latest"),
     ]
     same = ["--skip_scaling", "cs", "--kappa", 0.6, "--max_train_steps", 90]
     for changed, message in (
