@@ -329,7 +329,9 @@ class TrainingRun:
             wait_for_everyone=accelerator.wait_for_everyone,
         )
         if accelerator.is_main_process and args.checkpoints_total_limit is not None:
-            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+            # A later one, damaged or from before the run went back to an earlier one, does not count.
+            written = [c for c in list_checkpoints(args.output_dir) if checkpoint_step(c) <= self.global_step]
+            for old in written[: -args.checkpoints_total_limit]:
                 remove_checkpoint(old)
         logger.info(f"Saved the training state to {checkpoint}")
         if self.uploader is not None:

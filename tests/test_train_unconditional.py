@@ -85,6 +85,13 @@ def test_digits_are_learnt_and_the_results_are_all_there(tmp_path, tiny):
             start(SCRIPT, *resume, *same, *changed)
     assert losses(out) == curve
 
+    # A damaged checkpoint of a later step is passed over, and does not push the good ones out of the limit.
+    damaged = out / "checkpoint-100"
+    damaged.mkdir()
+    start(SCRIPT, *resume, *same, "--max_train_steps", 82, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-100", "checkpoint-82"]
+    assert losses(out)[:80] == curve
+
 
 def test_a_uvit_trains_on_parquet_and_its_pipeline_loads(tmp_path, tiny):
     data = tmp_path / "data" / "train-00000-of-00001.parquet"
